@@ -1,0 +1,1 @@
+"""What a run is: one typed, frozen schema, and the YAML loader that fills it."""

@@ -1,0 +1,77 @@
+"""`model`: the shape of the network."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sparsetrain.config.base import Section, kind_from_text
+from sparsetrain.config.units import Count
+
+
+class DenseAttention(Section):
+    """Every query sees every earlier key."""
+
+    kind: Literal["dense"] = "dense"
+    within_documents: bool = False
+    """Keep queries from seeing keys of another document packed into the same sample."""
+
+
+Attention = Annotated[DenseAttention, BeforeValidator(kind_from_text)]
+
+
+class ModelConfig(Section):
+    """A decoder-only transformer; the sizes that are left out follow from the architecture."""
+
+    arch: Literal["llama", "gpt2"] = "llama"
+    """llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU,
+    biases, tied head."""
+    dim: Count = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Key/value heads (grouped-query attention); default num_heads."""
+    ffn_dim: Count | None = Field(default=None, gt=0)
+    """Hidden width of the feed-forward layer; default 4·dim (gpt2) or 8/3·dim rounded up to a multiple of 64 (llama)."""
+    vocab_size: Count | None = Field(default=None, gt=0)
+    """Rows of the embedding; default the tokenizer's, rounded up to a multiple of 64."""
+    attention: Attention = DenseAttention()
+    tie_embeddings: bool | None = None
+    """Share the embedding with the output head; default true for gpt2, false for llama."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections back into the residual stream use init_std/√(2·num_layers)."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} must divide dim={self.dim}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
+        if self.arch == "llama" and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head dimension, and dim/num_heads is {self.head_dim}")
+        if self.arch == "gpt2" and self.kv_heads != self.num_heads:
+            raise ValueError(f"arch=gpt2 has as many key/value heads as heads; remove num_kv_heads={self.kv_heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return 4 * self.dim if self.arch == "gpt2" else -(-8 * self.dim // 3 // 64) * 64
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether the output head is the embedding."""
+        return self.tie_embeddings if self.tie_embeddings is not None else self.arch == "gpt2"

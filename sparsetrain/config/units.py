@@ -1,0 +1,61 @@
+"""Counts with units: `4M` tokens, `16Ki` tokens, `1.5B` parameters.
+
+`k M B T` are powers of ten, `Ki Mi Gi Ti` powers of 1024, as everywhere in the YAML.
+"""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "B": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+_COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?|[0-9]*\.?[0-9]+[eE][+]?[0-9]+)\s*([A-Za-z]*)\s*$")
+
+
+def parse_count(value: Any) -> int:
+    """Turn `4M`, `16Ki`, `2e6` or a plain number into an integer.
+
+    Raises:
+        ValueError: The text is not a number with a known unit, or it is not a whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("expected a count such as 4096, 4M or 16Ki")
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return _whole(value, str(value))
+    match = _COUNT.match(value)
+    if match is None or match.group(2) not in _UNITS:
+        raise ValueError("expected a count such as 4096, 4M or 16Ki (units: k M B T = 10^3.., Ki Mi Gi Ti = 2^10..)")
+    number, unit = match.groups()
+    if re.fullmatch(r"[0-9_]+", number):
+        return int(number) * _UNITS[unit]
+    return _whole(float(number) * _UNITS[unit], value)
+
+
+def format_count(count: int) -> str:
+    """Write a count the way a person would: `4.19M`, `512`."""
+    for unit in ("T", "B", "M", "k"):
+        if abs(count) >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:.3g}{unit}"
+    return str(count)
+
+
+def _whole(value: float, text: str) -> int:
+    if abs(value - round(value)) > 1e-9 * max(1.0, abs(value)):
+        raise ValueError(f"expected a whole number, and {text} is {value}")
+    return round(value)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""An integer that may be written with a unit."""
