@@ -1,0 +1,16 @@
+"""Where every weight lives: the WeightShard contract, who describes it, and the norm that is true at every layout."""
+
+from sparsetrain.sharding.flat import FlatPartition
+from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
+from sparsetrain.sharding.parameters import weight_shards
+from sparsetrain.sharding.shard import Rectangle, WeightShard, canonical_name
+
+__all__ = [
+    "FlatPartition",
+    "Rectangle",
+    "WeightShard",
+    "canonical_name",
+    "clip_grads_",
+    "global_grad_norm",
+    "weight_shards",
+]

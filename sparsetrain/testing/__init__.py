@@ -1,0 +1,7 @@
+"""What tests of sparse and sharded models need; shipped, so that users can test their own."""
+
+from sparsetrain.testing.assertions import assert_close
+from sparsetrain.testing.devices import requires_gpu
+from sparsetrain.testing.distributed import run_distributed
+
+__all__ = ["assert_close", "requires_gpu", "run_distributed"]
