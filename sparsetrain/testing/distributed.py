@@ -5,6 +5,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -76,7 +77,7 @@ def _collect(ranks: Sequence[tuple[BaseProcess, Connection]], timeout_s: float, 
             break
         if not ready:
             hung = ", ".join(map(str, sorted(pending.values())))
-            raise DistributedTestError(f"ranks {hung} did not finish within {timeout_s:g} s\n{_stacks(folder)}")
+            raise DistributedTestError(f"ranks {hung} did not finish within {timeout_s:g} s\n{_stacks(ranks, folder)}")
         for receiver in ready:
             assert isinstance(receiver, Connection)
             rank = pending.pop(receiver)
@@ -113,8 +114,7 @@ def _run_rank(
     sender: Connection,
 ) -> None:
     with open(os.path.join(folder, f"stack-{rank}.txt"), "w") as stack:
-        # Shortly before the parent gives up, so that the stacks are there when it asks.
-        faulthandler.dump_traceback_later(max(timeout_s * 0.9, timeout_s - 2.0), file=stack)
+        faulthandler.register(signal.SIGUSR1, file=stack)  # the parent asks a hanging rank for its stack
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         torch.set_num_threads(1)
         try:
@@ -135,10 +135,16 @@ def _run_rank(
         except BaseException:
             sender.send((False, traceback.format_exc()))
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGUSR1)
 
 
-def _stacks(folder: str) -> str:
+def _stacks(ranks: Sequence[tuple[BaseProcess, Connection]], folder: str) -> str:
+    """Ask every rank still alive where it is."""
+    for process, _ in ranks:
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGUSR1)
+    for process, _ in ranks:
+        process.join(0.5)  # time to write; a rank that has nothing to say has ended already
     texts = []
     for name in sorted(os.listdir(folder)):
         if name.startswith("stack-"):

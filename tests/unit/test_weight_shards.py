@@ -35,7 +35,7 @@ def shapes_and_ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
 @given(shapes_and_ranges())
 def test_rectangles_of_a_flat_range_cover_it_exactly_and_in_order(case: tuple[tuple[int, ...], int, int]) -> None:
     shape, start, stop = case
-    shard = shard_of(shape, (slice(start, stop),)) if len(shape) != 1 else shard_of(shape, (slice(start, stop),))
+    shard = shard_of(shape, (slice(start, stop),))
     whole = torch.arange(math.prod(shape)).reshape(shape)
     covered = []
     for box in shard.rectangles():
