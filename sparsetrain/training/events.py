@@ -82,11 +82,21 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class DataProgress:
+    """Token shards are being built: so many bytes of this stage are done."""
+
+    stage: str
+    done: int
+    total: int | None
+    """None where nobody knows beforehand."""
+
+
+@dataclass(frozen=True)
 class RunFinished:
     """The run is over; `summary` is what summary.json holds."""
 
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-Event = RunStarted | PhaseStarted | StepDone | EvalDone | CheckpointSaved | Notice | RunFinished
+Event = RunStarted | PhaseStarted | StepDone | EvalDone | CheckpointSaved | Notice | DataProgress | RunFinished
 Reporter = Callable[[Event], None]
