@@ -1,0 +1,6 @@
+"""How a run is laid over ranks: the world a process joins, its device mesh, and data parallelism applied from outside."""
+
+from sparsetrain.parallel.data_parallel import parallelize_data
+from sparsetrain.parallel.world import World, join_world
+
+__all__ = ["World", "join_world", "parallelize_data"]

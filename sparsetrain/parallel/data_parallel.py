@@ -1,0 +1,40 @@
+"""Data parallelism, applied from outside to a model that knows nothing of it."""
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsetrain.config import ParallelConfig
+from sparsetrain.parallel.world import World
+
+
+def parallelize_data(
+    model: nn.Module, layers: Iterable[nn.Module], parallel: ParallelConfig, world: World
+) -> nn.Module:
+    """Replicate or shard `model` over all ranks; gradients come out averaged over them.
+
+    Args:
+        model: On its device for shard=ddp. For shard=full it may be on the meta device, to be materialised afterwards, so
+            that no rank ever holds the whole.
+        layers: Submodules that shard=full gathers and frees one at a time.
+        parallel: Which of the two, and over how many ranks one copy of the weights is spread.
+        world: The ranks.
+
+    Returns:
+        The module to call: a wrapper for ddp on several ranks, else the model itself.
+    """
+    if parallel.shard == "full":
+        mesh = world.mesh(parallel.shard_size or world.size)
+        # A mesh of one dimension says: no replication, reduce-scatter only.
+        mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    if world.size > 1:
+        # Gradients as views of the buckets: no copy before and after the all-reduce.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=dist.group.WORLD)
+    return model

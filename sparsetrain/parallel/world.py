@@ -1,0 +1,113 @@
+"""The group of ranks that this process belongs to, and the device it computes on."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sparsetrain.config import RunConfig
+from sparsetrain.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this rank is among how many, and where it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for all: it writes metrics and reports."""
+        return self.rank == 0
+
+    def mesh(self, shard_size: int) -> DeviceMesh:
+        """Ranks as copies x parts: `replicate` copies of the weights, each spread over `shard` consecutive ranks."""
+        return init_device_mesh(
+            self.device.type, (self.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+        )
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Largest value of any rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join_world(config: RunConfig) -> Iterator[World]:
+    """Join the ranks that a launcher started (a Ray worker's group, torchrun's environment), or be alone.
+
+    A process group that is already there is used and left as it is; one that is made here is taken down again.
+
+    Raises:
+        ClusterError: GPUs are asked for and this process sees none.
+    """
+    device = _device(config)
+    made_here = not dist.is_initialized() and _needs_group(config)
+    if made_here:
+        _init_process_group(config, device)
+    try:
+        if dist.is_initialized():
+            yield World(dist.get_rank(), dist.get_world_size(), device)
+        else:
+            yield World(0, 1, device)
+    finally:
+        if made_here:
+            dist.destroy_process_group()
+
+
+def _needs_group(config: RunConfig) -> bool:
+    # fully_shard needs a mesh, and a mesh a process group, also for one rank.
+    return "WORLD_SIZE" in os.environ or config.parallel.shard == "full"
+
+
+def _init_process_group(config: RunConfig, device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.cluster.collective_timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.cluster.gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ClusterError(
+            f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g}, and this process sees no CUDA device; "
+            "set it to 0 to train on the CPU, or install a CUDA build of torch on a machine with a GPU"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
