@@ -1,14 +1,49 @@
 """What every section of the config has in common."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Strict, ValidationError
+
+Int = Annotated[int, Strict()]
+"""An integer written as a number: neither `true` nor `"3"` stands for one."""
+
+Real = Annotated[float, Strict()]
+"""A finite number; an integer stands for one, `true` and `"0.1"` do not."""
 
 
 class Section(BaseModel):
-    """One part of the YAML: frozen, typed, and closed to keys it does not know."""
+    """One part of the YAML: frozen, typed, and closed to keys it does not know.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    Raises:
+        ConfigError: From the constructor, naming every key that is wrong.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            from sparsetrain.config.explain import (
+                invalid_section,  # explain reads the schema, which stands on this file
+            )
+
+            raise invalid_section(type(self), values, error) from None
+
+    # Lets pydantic build nested sections without coming through here, so that it collects all errors before it raises.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class KeyConflict(ValueError):
+    """A key of a section that does not go with another key of it; raised by validators of the schema."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+        """Dotted, relative to the section."""
+        self.message = message
 
 
 def kind_from_text(value: Any) -> Any:

@@ -4,12 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sparsetrain.config.base import Section, kind_from_text
+from sparsetrain.config.base import Real, Section, kind_from_text
 from sparsetrain.config.units import Count
 
 
 class _Source(Section):
-    weight: float = Field(default=1.0, gt=0)
+    weight: Real = Field(default=1.0, gt=0)
     """Share of the tokens drawn from this source in a mixture, relative to the other weights."""
 
 
@@ -27,7 +27,7 @@ class TextFiles(_Source):
     kind: Literal["text"]
     paths: tuple[str, ...] = Field(min_length=1)
     """Files or globs (`**` included), relative to the current directory."""
-    separator: str | None = None
+    separator: str | None = Field(default=None, min_length=1)
     """Text between documents in one file; without it, files larger than `max_document_bytes` are cut at blank lines."""
     max_document_bytes: Count = Field(default=64 * 1024, gt=0)
 
@@ -60,9 +60,7 @@ class MegatronShards(_Source):
 
 
 Source = Annotated[
-    Annotated[
-        PythonStdlib | TextFiles | JsonLines | HuggingFace | MegatronShards, Field(discriminator="kind")
-    ],
+    Annotated[PythonStdlib | TextFiles | JsonLines | HuggingFace | MegatronShards, Field(discriminator="kind")],
     BeforeValidator(kind_from_text),
 ]
 
@@ -86,10 +84,12 @@ class TokenizerFile(Section):
     kind: Literal["file"]
     path: str
     end_of_document: str | None = None
-    """Token that ends a document; default the file's own `<|endoftext|>`, `</s>` or `<eos>`, whichever it has."""
+    """Token that ends a document; default the first of `<|endoftext|>`, `<|end_of_text|>`, `</s>` and `<eos>` that the
+    file has."""
 
 
-def _tokenizer_from_text(value: Any) -> Any:
+def tokenizer_from_text(value: Any) -> Any:
+    """Let `bytes` stand for `{kind: bytes}` and `my.json` for `{kind: file, path: my.json}`."""
     if isinstance(value, str) and value.endswith(".json"):
         return {"kind": "file", "path": value}
     return kind_from_text(value)
@@ -97,7 +97,7 @@ def _tokenizer_from_text(value: Any) -> Any:
 
 Tokenizer = Annotated[
     Annotated[ByteTokenizer | BpeTokenizer | TokenizerFile, Field(discriminator="kind")],
-    BeforeValidator(_tokenizer_from_text),
+    BeforeValidator(tokenizer_from_text),
 ]
 
 
@@ -113,7 +113,7 @@ class DataConfig(Section):
     tokenizer: Tokenizer = ByteTokenizer()
     seq_len: Count = Field(default=256, gt=1)
     """Tokens a sample."""
-    holdout: float = Field(default=0.01, ge=0.0, lt=1.0)
+    holdout: Real = Field(default=0.01, ge=0.0, lt=1.0)
     """Share of the documents kept for evaluation; which ones depends on the document alone."""
     cache: str = ".cache/sparsetrain/data"
     """Folder for token shards, named by content hash."""

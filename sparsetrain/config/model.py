@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sparsetrain.config.base import Section, kind_from_text
-from sparsetrain.config.units import Count
+from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
+from sparsetrain.config.units import Count, divisors_near
 
 
 class DenseAttention(Section):
@@ -26,32 +26,36 @@ class ModelConfig(Section):
     """llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. gpt2: LayerNorm, learned positions, GELU,
     biases, tied head."""
     dim: Count = Field(gt=0)
-    num_layers: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    num_kv_heads: int | None = Field(default=None, gt=0)
+    """Width of the residual stream."""
+    num_layers: Int = Field(gt=0)
+    """Transformer blocks."""
+    num_heads: Int = Field(gt=0)
+    """Attention heads; they share `dim` evenly."""
+    num_kv_heads: Int | None = Field(default=None, gt=0)
     """Key/value heads (grouped-query attention); default num_heads."""
     ffn_dim: Count | None = Field(default=None, gt=0)
-    """Hidden width of the feed-forward layer; default 4·dim (gpt2) or 8/3·dim rounded up to a multiple of 64 (llama)."""
+    """Width inside the feed-forward layer; default 4·dim (gpt2), or 8/3·dim rounded up to a multiple of 64 (llama)."""
     vocab_size: Count | None = Field(default=None, gt=0)
     """Rows of the embedding; default the tokenizer's, rounded up to a multiple of 64."""
     attention: Attention = DenseAttention()
     tie_embeddings: bool | None = None
     """Share the embedding with the output head; default true for gpt2, false for llama."""
-    norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
-    init_std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights; projections back into the residual stream use init_std/√(2·num_layers)."""
+    norm_eps: Real = Field(default=1e-5, gt=0)
+    rope_theta: Real = Field(default=10_000.0, gt=0)
+    init_std: Real = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights; projections into the residual stream use init_std/√(2·num_layers)."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
         if self.dim % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} must divide dim={self.dim}")
+            raise KeyConflict("num_heads", f"must divide dim={self.dim}; {divisors_near(self.dim, self.num_heads)}")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_kv_heads={self.kv_heads} must divide num_heads={self.num_heads}")
+            nearest = divisors_near(self.num_heads, self.kv_heads)
+            raise KeyConflict("num_kv_heads", f"must divide num_heads={self.num_heads}; {nearest}")
         if self.arch == "llama" and self.head_dim % 2:
-            raise ValueError(f"rotary embeddings need an even head dimension, and dim/num_heads is {self.head_dim}")
+            raise KeyConflict("num_heads", f"rotary embeddings need an even dim/num_heads, and it is {self.head_dim}")
         if self.arch == "gpt2" and self.kv_heads != self.num_heads:
-            raise ValueError(f"arch=gpt2 has as many key/value heads as heads; remove num_kv_heads={self.kv_heads}")
+            raise KeyConflict("num_kv_heads", "arch=gpt2 has as many key/value heads as heads; remove this key")
         return self
 
     @property

@@ -1,14 +1,15 @@
 """The whole config: one `RunConfig` is one run."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from sparsetrain.config.base import Section, kind_from_text
-from sparsetrain.config.data import DataConfig
+from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
+from sparsetrain.config.data import DataConfig, tokenizer_from_text
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.config.sparsity import Fraction, SparsityRule
-from sparsetrain.config.units import Count
+from sparsetrain.config.units import Count, divisors_near
 
 
 class LearningRateSchedule(Section):
@@ -25,7 +26,7 @@ class LearningRateSchedule(Section):
     @model_validator(mode="after")
     def _room_for_both(self) -> Self:
         if self.kind == "wsd" and self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} overlap")
+            raise KeyConflict("decay", f"warmup={self.warmup} and decay must not add up to more than 1")
         return self
 
 
@@ -33,11 +34,11 @@ class OptimizerConfig(Section):
     """AdamW on fp32 weights; weight decay on matrices only."""
 
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(default=6e-4, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    grad_clip: float | None = Field(default=1.0, gt=0)
+    lr: Real = Field(default=6e-4, gt=0)
+    betas: tuple[Annotated[Real, Field(ge=0, lt=1)], Annotated[Real, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Real = Field(default=1e-8, gt=0)
+    weight_decay: Real = Field(default=0.1, ge=0)
+    grad_clip: Real | None = Field(default=1.0, gt=0)
     """Largest global L2 norm of the gradient; null switches clipping off."""
     schedule: Annotated[LearningRateSchedule, BeforeValidator(kind_from_text)] = LearningRateSchedule()
 
@@ -51,12 +52,21 @@ class BatchRamp(Section):
     """Fraction of the phase's tokens over which the batch grows to train.batch_tokens."""
 
 
+PhaseSparsity = Annotated[
+    Annotated[Literal["keep"], Tag("<keep>")] | Annotated[tuple[SparsityRule, ...], Tag("<rules>")],
+    Discriminator(lambda value: "<keep>" if isinstance(value, str) else "<rules>"),
+]
+"""The discriminator makes an error speak of what was written, text or rules; `<>` keeps its tags apart from keys."""
+
+
 class PhaseConfig(Section):
     """A later phase of a run; sections that it leaves out, or leaves out parts of, are those of the run."""
 
     name: str = Field(min_length=1)
+    """What the phase is called in the display, the metrics and the plots."""
     tokens: Count = Field(gt=0)
-    sparsity: Literal["keep"] | tuple[SparsityRule, ...] = "keep"
+    """Tokens of the phase, rounded up to whole steps."""
+    sparsity: PhaseSparsity = "keep"
     """keep: the masks stay as the phase before left them. []: dense, zeroed weights start at 0 and learn."""
     data: DataConfig
     optimizer: OptimizerConfig
@@ -71,7 +81,7 @@ class TrainConfig(Section):
     """Tokens of the first phase, rounded up to whole steps."""
     batch_tokens: Count = Field(gt=0)
     """Global batch in tokens, a multiple of data.seq_len; the same at every number of ranks."""
-    micro_batch_size: int = Field(default=8, gt=0)
+    micro_batch_size: Int = Field(default=8, gt=0)
     """Samples a rank runs through the model at once; smaller needs less memory."""
     batch_ramp: BatchRamp | None = None
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -80,16 +90,29 @@ class TrainConfig(Section):
     """torch.compile the model: faster steps, after a minute or more of compilation."""
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, about a third more compute."""
-    eval_every_steps: int = Field(default=50, gt=0)
+    eval_every_steps: Int = Field(default=50, gt=0)
     eval_tokens: Count = Field(default=64 * 1024, gt=0)
     """Held-out tokens an evaluation reads, at most."""
-    max_bad_steps: int = Field(default=10, ge=0)
+    max_bad_steps: Int = Field(default=10, ge=0)
     """Steps with a NaN or infinite loss or gradient that may be skipped before the run stops."""
     init_from: str | None = None
     """Run folder or checkpoint whose weights to start from."""
     phase_name: str = "pretrain"
     phases: tuple[PhaseConfig, ...] = ()
     """What comes after the first phase."""
+
+    @model_validator(mode="after")
+    def _ramp_reaches_batch(self) -> Self:
+        start = self.batch_ramp.start_tokens if self.batch_ramp else self.batch_tokens
+        if start > self.batch_tokens:
+            raise KeyConflict("batch_ramp.start_tokens", f"must be below batch_tokens={self.batch_tokens}")
+        if self.batch_tokens % start:
+            raise KeyConflict(
+                "batch_ramp.start_tokens",
+                f"must divide batch_tokens={self.batch_tokens}, because the batch grows by this much at a time; "
+                f"{divisors_near(self.batch_tokens, start)}",
+            )
+        return self
 
 
 class ParallelConfig(Section):
@@ -98,42 +121,49 @@ class ParallelConfig(Section):
     engine: Literal["torch"] = "torch"
     shard: Literal["ddp", "full"] = "ddp"
     """ddp: every rank holds everything. full: weights, gradients and optimizer state sharded (fully_shard)."""
-    shard_size: int | None = Field(default=None, gt=0)
+    shard_size: Int | None = Field(default=None, gt=0)
     """With shard=full: ranks that share one copy of the weights, the rest replicate; default all ranks."""
     tp: Literal[1] = 1
     pp: Literal[1] = 1
     cp: Literal[1] = 1
 
+    @model_validator(mode="after")
+    def _only_full_has_a_size(self) -> Self:
+        if self.shard_size is not None and self.shard != "full":
+            raise KeyConflict("shard_size", f"has no meaning with shard={self.shard}; write shard: full or remove it")
+        return self
+
 
 class ClusterConfig(Section):
     """What is asked of Ray."""
 
-    workers: int = Field(default=1, gt=0)
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: float = Field(default=0, ge=0)
+    workers: Int = Field(default=1, gt=0)
+    cpus_per_worker: Real = Field(default=1, gt=0)
+    gpus_per_worker: Real = Field(default=0, ge=0)
     address: str = "local"
     """local: start Ray on this machine. Or the address of a cluster, or auto."""
-    max_restarts: int = Field(default=3, ge=0)
+    max_restarts: Int = Field(default=3, ge=0)
     """How often a failed group of workers is restarted from the last checkpoint."""
-    collective_timeout_s: float = Field(default=600, gt=0)
+    collective_timeout_s: Real = Field(default=600, gt=0)
     """How long a rank waits for the others in one collective."""
-    start_timeout_s: float = Field(default=120, gt=0)
+    start_timeout_s: Real = Field(default=120, gt=0)
     """How long to wait for the cluster to have the resources asked for."""
 
 
 class CheckpointConfig(Section):
     """When to save, and how much to keep."""
 
-    every_steps: int = Field(default=50, gt=0)
-    keep: int = Field(default=2, gt=0)
+    every_steps: Int = Field(default=50, gt=0)
+    keep: Int = Field(default=2, gt=0)
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
 
 
 class RunConfig(Section):
     """Everything about a run."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(default=0, ge=0)
+    name: str
+    """Names the run and, if `output` does not, its folder."""
+    seed: Int = Field(default=0, ge=0)
     model: ModelConfig
     sparsity: tuple[SparsityRule, ...] = ()
     data: DataConfig = DataConfig()
@@ -147,29 +177,19 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_phases(cls, raw: Any) -> Any:
-        """Fill each phase's `data` and `optimizer` from the run's, so that a phase says only what differs."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("train"), dict):
-            return raw
-        phases = raw["train"].get("phases")
-        if not isinstance(phases, list | tuple) or not all(isinstance(phase, dict) for phase in phases):
-            return raw
-        completed = [
-            {**phase, **{key: _merge(raw.get(key) or {}, phase.get(key) or {}) for key in ("data", "optimizer")}}
-            for phase in phases
-        ]
-        return {**raw, "train": {**raw["train"], "phases": completed}}
+    def _complete(cls, raw: Any) -> Any:
+        return complete(raw)
 
-    @model_validator(mode="before")
+    @field_validator("name")
     @classmethod
-    def _default_output(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and isinstance(raw.get("name"), str) and not raw.get("output"):
-            return {**raw, "output": f"runs/{raw['name']}"}
-        return raw
+    def _fits_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            raise ValueError("may hold letters, digits and . _ - only, because it names a folder")
+        return name
 
     @field_validator("output")
     @classmethod
-    def _named(cls, output: str) -> str:
+    def _is_a_folder(cls, output: str) -> str:
         if not output.strip():
             raise ValueError("expected a folder")
         return output
@@ -187,10 +207,38 @@ class RunConfig(Section):
         return (first, *self.train.phases)
 
 
+def complete(raw: Any) -> Any:
+    """Fill in what a run says by leaving it out: the output folder, and of each phase `data` and `optimizer`.
+
+    Takes and returns the plain values of a YAML file. What is not of the right type stays as it is, for the schema to
+    refuse.
+    """
+    if not isinstance(raw, dict):
+        return raw
+    if isinstance(raw.get("name"), str) and raw.get("output") is None:
+        raw = {**raw, "output": f"runs/{raw['name']}"}
+    train = raw.get("train")
+    phases = train.get("phases") if isinstance(train, dict) else None
+    if not isinstance(phases, list | tuple):
+        return raw
+    return {**raw, "train": {**train, "phases": [_complete_phase(raw, phase) for phase in phases]}}
+
+
+def _complete_phase(raw: dict[str, Any], phase: Any) -> Any:
+    if not isinstance(phase, dict):
+        return phase
+    return {**phase, **{key: _merge(raw.get(key) or {}, phase.get(key) or {}) for key in ("data", "optimizer")}}
+
+
 def _merge(base: Any, override: Any) -> Any:
-    """Deep merge of plain mappings; a section that changes its `kind` starts from nothing."""
+    """Deep merge of sections, in which one that changes its `kind` starts from nothing."""
+    base = base.model_dump() if isinstance(base, Section) else base
+    override = override.model_dump() if isinstance(override, Section) else override
+    if isinstance(base, str) and isinstance(override, dict):
+        base = tokenizer_from_text(base)
     if not isinstance(base, dict) or not isinstance(override, dict):
         return override
-    if "kind" in override and override.get("kind") != base.get("kind"):
+    if override.get("kind", base.get("kind")) != base.get("kind"):
         return override
-    return {**base, **{key: _merge(base.get(key), value) if key in base else value for key, value in override.items()}}
+    changed = {key: _merge(base.get(key), value) for key, value in override.items()}
+    return {**base, **changed}

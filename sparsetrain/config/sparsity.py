@@ -1,15 +1,16 @@
 """`sparsity`: which weights are zero, and when. A list of rules; the first that matches a weight owns it."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from sparsetrain.config.base import Section, kind_from_text
+from sparsetrain.config.base import Int, KeyConflict, Section, kind_from_text
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
+Sparsity = Annotated[float, Strict(), Field(ge=0.0, lt=1.0)]
 
 _BLOCK = re.compile(r"^block\[\s*(\d+)\s*,\s*(\d+)\s*\]$")
 
@@ -52,13 +53,13 @@ class _Window(Section):
     """Where pruning begins, as a fraction of the phase's training compute."""
     end: Fraction = 0.75
     """Where pruning ends, as a fraction of the phase's training compute."""
-    every_steps: int = Field(default=100, gt=0)
+    every_steps: Int = Field(default=100, gt=0)
     """Steps from one mask update to the next inside the window."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.start >= self.end:
-            raise ValueError(f"start={self.start} must come before end={self.end}")
+            raise KeyConflict("start", f"the window must begin before it ends, and end={self.end}")
         return self
 
 
@@ -92,7 +93,7 @@ class Stepwise(Section):
     @field_validator("steps")
     @classmethod
     def _increasing(cls, steps: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
-        for (at, level), (next_at, next_level) in zip(steps, steps[1:], strict=False):
+        for (at, level), (next_at, next_level) in itertools.pairwise(steps):
             if next_at <= at or next_level < level:
                 raise ValueError(f"[{next_at}, {next_level}] must lie after and not below [{at}, {level}]")
         return steps
@@ -138,13 +139,15 @@ class SparsityRule(Section):
     def _method_fits_schedule(self) -> Self:
         constant = isinstance(self.schedule, Constant)
         if self.method == "static" and not constant:
-            raise ValueError(f"method=static keeps one mask; schedule {self.schedule.kind} needs method=prune")
+            kind = self.schedule.kind
+            raise KeyConflict("schedule", f"method=static has one mask from start to end; {kind} needs method=prune")
         if self.method == "prune" and constant:
-            raise ValueError("method=prune needs a schedule: cubic, geometric or stepwise")
+            raise KeyConflict("schedule", "method=prune needs one of: cubic, geometric, stepwise")
         if isinstance(self.schedule, Cubic) and self.schedule.initial > self.sparsity:
-            raise ValueError(f"schedule.initial={self.schedule.initial} is above sparsity={self.sparsity}")
+            raise KeyConflict("schedule.initial", f"must not be above sparsity={self.sparsity}")
         if isinstance(self.schedule, Stepwise) and self.schedule.steps[-1][1] != self.sparsity:
-            raise ValueError(f"schedule.steps ends at {self.schedule.steps[-1][1]}, and sparsity is {self.sparsity}")
+            last = self.schedule.steps[-1][1]
+            raise KeyConflict("sparsity", f"schedule.steps ends at {last}; make the two equal")
         return self
 
     @property

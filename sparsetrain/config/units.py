@@ -3,6 +3,7 @@
 `k M B T` are powers of ten, `Ki Mi Gi Ti` powers of 1024, as everywhere in the YAML.
 """
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ _UNITS = {
     "Gi": 2**30,
     "Ti": 2**40,
 }
+_EXPECTED = "expected a count such as 4096, 4M or 16Ki"
 _COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?|[0-9]*\.?[0-9]+[eE][+]?[0-9]+)\s*([A-Za-z]*)\s*$")
 
 
@@ -29,18 +31,22 @@ def parse_count(value: Any) -> int:
         ValueError: The text is not a number with a known unit, or it is not a whole number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("expected a count such as 4096, 4M or 16Ki")
+        raise ValueError(_EXPECTED)
     if isinstance(value, int):
         return value
     if isinstance(value, float):
-        return _whole(value, str(value))
+        return _whole(value)
     match = _COUNT.match(value)
-    if match is None or match.group(2) not in _UNITS:
-        raise ValueError("expected a count such as 4096, 4M or 16Ki (units: k M B T = 10^3.., Ki Mi Gi Ti = 2^10..)")
+    if match is None:
+        raise ValueError(_EXPECTED)
     number, unit = match.groups()
+    if unit not in _UNITS:
+        meant = [known for known in _UNITS if known and unit and known[0].lower() == unit[0].lower()]
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"units are {' '.join(filter(None, _UNITS))}"
+        raise ValueError(f"unknown unit {unit}; {hint}")
     if re.fullmatch(r"[0-9_]+", number):
         return int(number) * _UNITS[unit]
-    return _whole(float(number) * _UNITS[unit], value)
+    return _whole(float(number) * _UNITS[unit])
 
 
 def format_count(count: int) -> str:
@@ -51,9 +57,19 @@ def format_count(count: int) -> str:
     return str(count)
 
 
-def _whole(value: float, text: str) -> int:
+def divisors_near(whole: int, wrong: int) -> str:
+    """Say which divisors of `whole` lie next to `wrong`, for people: `4 and 6 do`."""
+    reach = 10_000  # whoever is further off than that does not want the nearest
+    below = next((part for part in range(min(wrong, whole), max(wrong - reach, 0), -1) if whole % part == 0), 1)
+    above = next((part for part in range(wrong + 1, min(whole, wrong + reach) + 1) if whole % part == 0), None)
+    return f"{below} does" if above is None else f"{below} and {above} do"
+
+
+def _whole(value: float) -> int:
+    if not math.isfinite(value):
+        raise ValueError(_EXPECTED)
     if abs(value - round(value)) > 1e-9 * max(1.0, abs(value)):
-        raise ValueError(f"expected a whole number, and {text} is {value}")
+        raise ValueError(f"expected a whole number, and this is {value:g}")
     return round(value)
 
 

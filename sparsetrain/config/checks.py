@@ -1,0 +1,148 @@
+"""What no single section can know: whether the sections of a run fit each other. Needs neither torch nor a cluster."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparsetrain.config.data import BpeTokenizer, ByteTokenizer
+from sparsetrain.config.origin import KeyPath, dotted
+from sparsetrain.config.problem import InvalidConfig, Problem
+from sparsetrain.config.run import RunConfig
+from sparsetrain.config.units import divisors_near
+
+_BYTE_VOCABULARY = 257
+"""256 bytes and end-of-document."""
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Keys that do not fit together; `path` is the one to change first, `others` are the rest."""
+
+    path: KeyPath
+    value: object
+    message: str
+    others: tuple[KeyPath, ...] = ()
+
+
+def check_config(config: RunConfig) -> None:
+    """Check everything about a run that does not depend on the number of ranks.
+
+    Raises:
+        ConfigError: Sections do not fit each other; the message lists all that do not.
+    """
+    _raise(config, list(conflicts(config)))
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Check that a run can be laid over `world_size` ranks.
+
+    Raises:
+        ConfigError: The batch or the mesh does not divide; the message lists all that does not.
+    """
+    _raise(config, list(world_conflicts(config, world_size)))
+
+
+def conflicts(config: RunConfig) -> Iterator[Conflict]:
+    """What does not fit together, whatever the number of ranks."""
+    yield from _batches(config)
+    yield from _phase_names(config)
+    yield from _tokenizers(config)
+    yield from _vocabulary(config)
+    yield from _resources(config)
+
+
+def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
+    """What does not fit `world_size` ranks."""
+    ranks: KeyPath = ("cluster", "workers")
+    size = config.parallel.shard_size
+    if size is not None and world_size % size:
+        message = f"must divide the number of ranks, {world_size}; {divisors_near(world_size, size)}"
+        yield Conflict(("parallel", "shard_size"), size, message, (ranks,))
+    for path, tokens in _batch_sizes(config):
+        for seq_len_path, seq_len in _seq_lens(config):
+            samples, rest = divmod(tokens, seq_len)
+            if rest == 0 and samples % world_size:
+                message = (
+                    f"{samples} samples of {seq_len} tokens, which {world_size} ranks cannot share evenly; "
+                    + _multiples_near(tokens, seq_len * world_size)
+                )
+                yield Conflict(path, tokens, message, (ranks, seq_len_path))
+
+
+def _batches(config: RunConfig) -> Iterator[Conflict]:
+    for path, tokens in _batch_sizes(config):
+        for seq_len_path, seq_len in _seq_lens(config):
+            if tokens % seq_len:
+                message = f"must be a multiple of {dotted(seq_len_path)}={seq_len}; {_multiples_near(tokens, seq_len)}"
+                yield Conflict(path, tokens, message, (seq_len_path,))
+
+
+def _multiples_near(tokens: int, step: int) -> str:
+    """The multiples of `step` on either side of `tokens`, for people."""
+    below = tokens // step * step
+    return f"{below} or {below + step} would do" if below else f"{below + step} would do"
+
+
+def _batch_sizes(config: RunConfig) -> Iterator[tuple[KeyPath, int]]:
+    yield ("train", "batch_tokens"), config.train.batch_tokens
+    if config.train.batch_ramp is not None:
+        yield ("train", "batch_ramp", "start_tokens"), config.train.batch_ramp.start_tokens
+
+
+def _seq_lens(config: RunConfig) -> Iterator[tuple[KeyPath, int]]:
+    """Each sample length that occurs, once, with the key it comes from."""
+    seen: set[int] = set()
+    for index, phase in enumerate(config.phases):
+        if phase.data.seq_len not in seen:
+            seen.add(phase.data.seq_len)
+            yield (*_phase(index), "data", "seq_len"), phase.data.seq_len
+
+
+def _phase_names(config: RunConfig) -> Iterator[Conflict]:
+    seen: dict[str, KeyPath] = {}
+    for index, phase in enumerate(config.phases):
+        path = (*_phase(index), "name") if index else ("train", "phase_name")
+        if phase.name in seen:
+            other = seen[phase.name]
+            yield Conflict(path, phase.name, f"{dotted(other)} has the same name; give each phase its own", (other,))
+        seen.setdefault(phase.name, path)
+
+
+def _tokenizers(config: RunConfig) -> Iterator[Conflict]:
+    first = config.data.tokenizer
+    for index, phase in enumerate(config.train.phases, start=1):
+        if phase.data.tokenizer != first:
+            path = (*_phase(index), "data", "tokenizer")
+            message = "differs from data.tokenizer, and the model has one vocabulary; remove it from this phase"
+            yield Conflict(path, phase.data.tokenizer.kind, message, (("data", "tokenizer"),))
+
+
+def _vocabulary(config: RunConfig) -> Iterator[Conflict]:
+    rows, tokenizer = config.model.vocab_size, config.data.tokenizer
+    if isinstance(tokenizer, ByteTokenizer):
+        needed = _BYTE_VOCABULARY
+    elif isinstance(tokenizer, BpeTokenizer):
+        needed = tokenizer.vocab_size
+    else:
+        return  # the file says, and preflight reads it
+    if rows is not None and rows < needed:
+        message = f"the {tokenizer.kind} tokenizer has {needed} tokens; write at least that, or remove the key"
+        yield Conflict(("model", "vocab_size"), rows, message, (("data", "tokenizer"),))
+
+
+def _resources(config: RunConfig) -> Iterator[Conflict]:
+    cpus, gpus = config.cluster.cpus_per_worker, config.cluster.gpus_per_worker
+    if cpus > 1 and cpus != int(cpus):
+        yield Conflict(("cluster", "cpus_per_worker"), cpus, "above 1 it must be a whole number")
+    if gpus not in (0, 1):
+        message = "a worker drives one GPU: write 1 (or 0 for none), and set cluster.workers to the number of GPUs"
+        yield Conflict(("cluster", "gpus_per_worker"), gpus, message)
+
+
+def _phase(index: int) -> KeyPath:
+    """The path under which a phase keeps its sections; the first phase's are the run's own."""
+    return ("train", "phases", index - 1) if index else ()
+
+
+def _raise(config: RunConfig, found: list[Conflict]) -> None:
+    if found:
+        raise InvalidConfig(config.name, [Problem(c.path, c.message, None, c.value) for c in found])
