@@ -1,0 +1,6 @@
+"""Single-device model code: one decoder, Llama-shaped or GPT-2-shaped, and its initial weights."""
+
+from sparsetrain.models.init import initialize_
+from sparsetrain.models.transformer import Transformer, padded_vocab
+
+__all__ = ["Transformer", "initialize_", "padded_vocab"]

@@ -1,0 +1,117 @@
+"""The decoder: Llama-shaped or GPT-2-shaped, by config.
+
+Parameter names: embed, positions (gpt2), layers.{i}.attention_norm, layers.{i}.attention.{q,k,v,o},
+layers.{i}.ffn_norm, layers.{i}.ffn.{gate,up,down} (gpt2: up, down), norm, head (absent where it is the embedding).
+
+Shapes: B batch, T tokens, M model dim, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.config.model import ModelConfig
+from sparsetrain.models.attention import Attention
+from sparsetrain.models.feed_forward import GeluFeedForward, SwiGLU
+from sparsetrain.models.loss import linear_cross_entropy
+from sparsetrain.models.norms import LayerNorm, RMSNorm
+from sparsetrain.models.rotary import rotation_table
+
+_VOCAB_MULTIPLE = 64
+
+
+def padded_vocab(num_tokens: int) -> int:
+    """Rows of an embedding for that many tokens: rounded up to a multiple of 64, so that products split evenly."""
+    return -(-num_tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.ffn_norm = _norm(config)
+        feed_forward = SwiGLU if config.arch == "llama" else GeluFeedForward
+        self.ffn = feed_forward(config.dim, config.hidden_dim)
+
+    def forward(
+        self, x_BTM: Tensor, rotation: tuple[Tensor, Tensor] | None = None, document_ids_BT: Tensor | None = None
+    ) -> Tensor:
+        """Map [B, T, M] to [B, T, M]; arguments as `Attention` takes them."""
+        x_BTM = x_BTM + self.attention(self.attention_norm(x_BTM), rotation, document_ids_BT)
+        y_BTM: Tensor = x_BTM + self.ffn(self.ffn_norm(x_BTM))
+        return y_BTM
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    The constructor leaves torch's default initialisation (nothing on the meta device); call `initialize_`.
+
+    Args:
+        config: Shape of the network.
+        vocab_size: Rows of the embedding, V.
+        max_seq_len: Longest sample; bounds the learned positions of GPT-2, unused by rotary embeddings.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, max_seq_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(vocab_size, config.dim)
+        self.positions = nn.Embedding(max_seq_len, config.dim) if config.arch == "gpt2" else None
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.norm = _norm(config)
+        self.head = nn.Linear(config.dim, vocab_size, bias=False)
+        if config.ties_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+    ) -> Tensor:
+        """Predict the next token, or the loss of predicting it.
+
+        Args:
+            tokens_BT: int64 token ids.
+            targets_BT: int64 ids of the next tokens, -100 where a token is not counted.
+            document_ids_BT: Which packed document a token belongs to; read where attention.within_documents is set.
+                None: each sample is one document. Learned positions count from the start of the sample either way.
+
+        Returns:
+            With targets, the sum of the counted tokens' cross entropies (0-d float32, in nats). Without, the logits
+            [B, T, V] in the autocast dtype or the weights'.
+
+        Raises:
+            ValueError: T exceeds max_seq_len in a model with learned positions.
+        """
+        x_BTM = self.embed(tokens_BT)
+        rotation = None
+        if self.positions is not None:
+            x_BTM = x_BTM + self.positions(self._position_ids(tokens_BT))
+        else:
+            rotation = rotation_table(
+                tokens_BT.shape[1], self.config.head_dim, self.config.rope_theta, tokens_BT.device
+            )
+        visible = document_ids_BT if self.config.attention.within_documents else None
+        for layer in self.layers:
+            x_BTM = layer(x_BTM, rotation, visible)
+        x_BTM = self.norm(x_BTM)
+        if targets_BT is None:
+            logits_BTV: Tensor = self.head(x_BTM)
+            return logits_BTV
+        return linear_cross_entropy(x_BTM, self.head.weight, targets_BT)
+
+    def _position_ids(self, tokens_BT: Tensor) -> Tensor:
+        assert self.positions is not None
+        num_tokens = tokens_BT.shape[1]
+        if num_tokens > self.positions.num_embeddings:
+            raise ValueError(
+                f"{num_tokens} tokens do not fit the model's {self.positions.num_embeddings} learned positions"
+            )
+        return torch.arange(num_tokens, device=tokens_BT.device)
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    if config.arch == "llama":
+        return RMSNorm(config.dim, config.norm_eps)
+    return LayerNorm(config.dim, config.norm_eps)
