@@ -1,0 +1,136 @@
+"""Which rule owns which weight: globs over parameter names, the first that matches wins.
+
+Works on a model on the meta device, so that a rule that names nothing is found before any worker starts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import prod
+
+from torch import nn
+
+from sparsetrain.config.sparsity import SparsityRule
+from sparsetrain.errors import ConfigError
+from sparsetrain.sharding import canonical_name
+from sparsetrain.sparsity.patterns import pattern_of
+
+_HEADS = ("head", "lm_head")
+_DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What matching needs to know of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dense_by_default: bool
+    """An embedding, a norm, a bias or the output head: owned only by a glob whose last part spells it out."""
+    aliases: tuple[str, ...] = ()
+    """Further names of a shared parameter, for example head.weight of a model whose head is its embedding."""
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+
+def describe_parameters(model: nn.Module) -> list[Parameter]:
+    """Name, shape and kind of every parameter of any module, plain, wrapped or sharded, in the module's order."""
+    names: dict[int, list[str]] = {}
+    owners: dict[int, list[nn.Module]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            parameters[id(parameter)] = parameter
+            owners.setdefault(id(parameter), []).append(module)
+            names.setdefault(id(parameter), []).append(canonical_name(f"{path}.{leaf}" if path else leaf))
+    return [
+        Parameter(
+            name=names[key][0],
+            shape=tuple(parameter.shape),
+            dense_by_default=parameter.dim() < 2
+            or any(isinstance(module, _DENSE_MODULES) for module in owners[key])
+            or any(_last_part(name) in _HEADS for name in names[key]),
+            aliases=tuple(names[key][1:]),
+        )
+        for key, parameter in parameters.items()
+    ]
+
+
+def match_rules(
+    rules: Sequence[SparsityRule], parameters: Iterable[Parameter], *, key: str = "sparsity"
+) -> list[list[Parameter]]:
+    """Give every parameter to the first rule with a glob that matches it.
+
+    A glob matches a name as in a shell (`*` also crosses dots); the name's `.weight` may be left out. Embeddings,
+    norms, biases (anything with fewer than two dimensions) and the head are matched only where the last part of the
+    glob spells theirs: `*.bias`, `embed`, `*.lm_head.weight`; not `*` or `*norm*`.
+
+    Args:
+        rules: In order of precedence.
+        parameters: From `describe_parameters`.
+        key: Where the rules stand in the config, for messages.
+
+    Returns:
+        The parameters of each rule, sorted by name, which is the order in which ties between weights are broken.
+
+    Raises:
+        ConfigError: A glob matches nothing, a rule owns nothing, or a pattern does not fit a weight. All at once.
+    """
+    parameters = sorted(parameters, key=lambda parameter: parameter.name)
+    owned: list[list[Parameter]] = [[] for _ in rules]
+    for parameter in parameters:
+        for rule, mine in zip(rules, owned, strict=True):
+            if any(_owns(glob, parameter) for glob in rule.params):
+                mine.append(parameter)
+                break
+    problems = []
+    for at, (rule, mine) in enumerate(zip(rules, owned, strict=True)):
+        unmatched = [
+            f"{key}[{at}].params[{place}]: {_why_nothing(glob, parameters)}"
+            for place, glob in enumerate(rule.params)
+            if not any(_owns(glob, parameter) for parameter in parameters)
+        ]
+        problems += unmatched
+        if not mine and not unmatched:
+            problems.append(
+                f"{key}[{at}].params: every weight that {', '.join(rule.params)} matches belongs to an earlier rule; "
+                "put this rule before it or remove it"
+            )
+        misfits = (pattern_of(rule).misfit(parameter.name, parameter.shape) for parameter in mine)
+        problems += [f"{key}[{at}].pattern: {misfit}" for misfit in misfits if misfit]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return owned
+
+
+def _owns(glob: str, parameter: Parameter) -> bool:
+    return any(_matches(glob, name, parameter.dense_by_default) for name in (parameter.name, *parameter.aliases))
+
+
+def _matches(glob: str, name: str, dense_by_default: bool) -> bool:
+    if not (fnmatchcase(name, glob) or fnmatchcase(name.removesuffix(".weight"), glob)):
+        return False
+    return not dense_by_default or _last_part(glob) == _last_part(name)
+
+
+def _last_part(name: str) -> str:
+    """`norm` of layers.0.norm.weight, `bias` of layers.0.norm.bias."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+def _why_nothing(glob: str, parameters: Sequence[Parameter]) -> str:
+    names = [name for parameter in parameters for name in (parameter.name, *parameter.aliases)]
+    spared = [name for name in names if _matches(glob, name, dense_by_default=False)]
+    if spared:
+        return (
+            f"{glob!r} matches only embeddings, norms, biases or the head (such as {spared[0]}), which stay dense "
+            f"unless the glob's last part spells theirs: '*.{_last_part(spared[0])}'"
+        )
+    stems = {name.removesuffix(".weight"): name for name in names}
+    near = get_close_matches(glob.removesuffix(".weight"), stems, n=1, cutoff=0.0)
+    hint = f"; the nearest name is {stems[near[0]]}" if near else "; the model has no parameters"
+    return f"{glob!r} matches no parameter{hint}"
