@@ -1,5 +1,6 @@
 """A RunConfig -> YAML."""
 
+import re
 from typing import Any
 
 import yaml
@@ -27,4 +28,11 @@ class _Dumper(yaml.SafeDumper):
     """Puts text in quotes wherever YAML 1.1 or 1.2 would take it for something else."""
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # PyYAML would write these line breaks of Unicode as they are and read back spaces; in quotes it escapes them
+    style = '"' if re.search("[\x85\u2028\u2029]", value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 add_scalars(_Dumper)
+_Dumper.add_representer(str, _text)

@@ -17,7 +17,7 @@ class FilePosition:
     column: int
     """Counted from 1."""
     source_line: str
-    """The text of that line, for showing."""
+    """The text of that line, for showing; empty where the position is the whole file's."""
     width: int = 1
     """Characters from `column` onwards that the position covers."""
 

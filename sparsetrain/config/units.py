@@ -5,6 +5,7 @@
 
 import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -21,7 +22,7 @@ _UNITS = {
     "Ti": 2**40,
 }
 _EXPECTED = "expected a count such as 4096, 4M or 16Ki"
-_COUNT = re.compile(r"^\s*([0-9][0-9_]*(?:\.[0-9]+)?|[0-9]*\.?[0-9]+[eE][+]?[0-9]+)\s*([A-Za-z]*)\s*$")
+_COUNT = re.compile(r"^\s*([0-9]+(?:_[0-9]+)*|[0-9]*\.?[0-9]+(?:[eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*$")
 
 
 def parse_count(value: Any) -> int:
@@ -35,18 +36,18 @@ def parse_count(value: Any) -> int:
     if isinstance(value, int):
         return value
     if isinstance(value, float):
-        return _whole(value)
+        if not math.isfinite(value):
+            raise ValueError(_EXPECTED)
+        return _whole(Fraction(value))
     match = _COUNT.match(value)
     if match is None:
         raise ValueError(_EXPECTED)
     number, unit = match.groups()
     if unit not in _UNITS:
-        meant = [known for known in _UNITS if known and unit and known[0].lower() == unit[0].lower()]
+        meant = [known for known in _UNITS if known and known[0].lower() == unit[0].lower()]
         hint = f"did you mean {' or '.join(meant)}?" if meant else f"units are {' '.join(filter(None, _UNITS))}"
         raise ValueError(f"unknown unit {unit}; {hint}")
-    if re.fullmatch(r"[0-9_]+", number):
-        return int(number) * _UNITS[unit]
-    return _whole(float(number) * _UNITS[unit])
+    return _whole(Fraction(number) * _UNITS[unit])
 
 
 def format_count(count: int) -> str:
@@ -65,12 +66,10 @@ def divisors_near(whole: int, wrong: int) -> str:
     return f"{below} does" if above is None else f"{below} and {above} do"
 
 
-def _whole(value: float) -> int:
-    if not math.isfinite(value):
-        raise ValueError(_EXPECTED)
-    if abs(value - round(value)) > 1e-9 * max(1.0, abs(value)):
-        raise ValueError(f"expected a whole number, and this is {value:g}")
-    return round(value)
+def _whole(value: Fraction) -> int:
+    if value.denominator != 1:
+        raise ValueError(f"expected a whole number, and this is {float(value):g}")
+    return value.numerator
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]

@@ -109,6 +109,7 @@ def parse_yaml(text: str, file: str) -> ParsedYaml:
         raise ConfigError(f"{file}: nested too deeply to be a config") from None
     builder = _Builder(file, text.splitlines())
     if root is not None:
+        builder.parsed.origins[()] = FilePosition(file, root.start_mark.line + 1, 1, "")
         builder.parsed.value = builder.build(root, ())
     return builder.parsed
 

@@ -1,0 +1,5 @@
+"""`python -m sparsetrain`."""
+
+from sparsetrain.cli import main
+
+main()

@@ -1,0 +1,293 @@
+"""The command line. Each command imports what it needs when it runs, so that a mistake in a YAML is told at once."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sparsetrain.config import DataConfig, RunConfig, dump_config, load_config
+from sparsetrain.config.origin import FilePosition
+from sparsetrain.config.problem import InvalidConfig, Problem
+from sparsetrain.errors import ConfigError, SparsetrainError
+
+_OK, _BUG, _MISTAKE, _INTERRUPTED = 0, 1, 2, 130
+_MAX_EXCERPTS = 10
+
+_HELP = """Pre-train sparse language models from one YAML file.
+
+Three ways in:
+
+1. Here: `sparsetrain train configs/demo.yaml` starts Ray on this machine, with as many workers as the YAML says
+(`--in-process`: without Ray; `torchrun --nproc-per-node 2 -m sparsetrain train ...` works too).
+
+2. On a cluster: `sparsetrain submit configs/demo.yaml --address http://HOST:8265` hands the run to a Ray cluster, or
+`sparsetrain train ... --address HOST:6379` drives it from here.
+
+3. From Python: `import sparsetrain`, for your own model and training loop.
+
+Anything in the YAML can be changed on the command line: `train.tokens=2M sparsity.0.sparsity=0.5`."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Turns what a person got wrong into one message and exit code 2, and Ctrl-C into one line and 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except SparsetrainError as error:
+            _show_error(error)
+            raise typer.Exit(_MISTAKE) from None
+        except KeyboardInterrupt:
+            hint = "; add --resume to go on from the last checkpoint" if ctx.invoked_subcommand == "train" else ""
+            typer.echo(f"interrupted{hint}", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the YAML: train.tokens=2M", show_default=False),
+]
+RunFolderPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: runs/demo", show_default=False)]
+
+
+def main() -> None:
+    """Entry point of `sparsetrain` and `python -m sparsetrain`."""
+    try:
+        app()
+    except Exception:
+        traceback.print_exc()
+        print("\nThis is a bug in sparsetrain; please report it together with the lines above.", file=sys.stderr)
+        sys.exit(_BUG)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import sparsetrain
+
+        typer.echo(f"sparsetrain {sparsetrain.__version__}")
+        raise typer.Exit(_OK)
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Train in this process, without Ray; implied under torchrun.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Join this Ray cluster (HOST:PORT or auto) instead of starting one here."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the output folder holds.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run that the output folder holds, and start anew.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved run as YAML, and exit.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a torch.profiler trace of a few steps into the run folder.")
+    ] = False,
+) -> None:
+    """Train the run that a YAML file describes, here or on a Ray cluster.
+
+    For example: `sparsetrain train configs/demo.yaml train.tokens=2M cluster.workers=4`
+    """
+    if in_process and address is not None:
+        raise ConfigError("--in-process uses no Ray, so --address has no meaning with it; give one of the two")
+    if resume and overwrite:
+        raise ConfigError("--resume keeps what --overwrite deletes; give one of the two")
+    ranks = _torchrun_ranks()
+    here = in_process or ranks is not None
+    run = _load(config, overrides, world_size=(ranks or 1) if here else None)
+    if print_config:
+        typer.echo(dump_config(run), nl=False)
+        return
+    from sparsetrain.training import preflight
+
+    preflight(run)
+    on_existing: Literal["refuse", "resume", "overwrite"] = (
+        "resume" if resume else "overwrite" if overwrite else "refuse"
+    )
+    if here and ranks is None and run.cluster.workers > 1:
+        typer.echo(f"note: --in-process is one rank; cluster.workers = {run.cluster.workers} is not used")
+    if here:
+        from sparsetrain import training
+
+        _watch(partial(training.train, run, on_existing=on_existing, profile=profile))
+    else:
+        from sparsetrain.cluster import run_on_ray
+
+        _watch(partial(run_on_ray, run, address=address, on_existing=on_existing, profile=profile))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="The cluster's dashboard: http://HOST:8265", show_default=False)
+    ],
+    overrides: Overrides = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return as soon as the cluster has the job; do not follow its output.")
+    ] = False,
+) -> None:
+    """Hand a run to a Ray cluster as a job: this package and the YAML travel with it."""
+    _load(config, overrides)
+    from sparsetrain import cluster
+
+    job = cluster.submit(config, address=address, overrides=overrides or (), detach=detach)
+    if detach:
+        typer.echo(f"submitted as {job}; follow it with: ray job logs --address {address} --follow {job}")
+
+
+@app.command(name="eval")
+def evaluate(run: RunFolderPath) -> None:
+    """Measure the held-out loss of a run's last checkpoint, on each phase's data."""
+    from sparsetrain.training import evaluate_run
+
+    for phase, result in evaluate_run(run).items():
+        typer.echo(
+            f"{phase}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits per byte ({result.num_tokens} held-out tokens)"
+        )
+
+
+@app.command()
+def generate(
+    run: RunFolderPath,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many of the likeliest tokens; 0: from all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 0,
+) -> None:
+    """Write text with a run's last checkpoint."""
+    from sparsetrain.training import generate_text
+
+    text = generate_text(run, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k or None, seed=seed)
+    typer.echo(prompt + text)
+
+
+@app.command()
+def data(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Build a run's token shards, if they are not there yet, and say what is in them."""
+    run = _load(config, overrides)
+    from sparsetrain.data import describe
+    from sparsetrain.training.datasets import prepare_datasets
+    from sparsetrain.training.progress import ProgressDisplay
+
+    with ProgressDisplay(Console()) as display:
+        datasets = prepare_datasets(run, on_progress=display.data_progress)
+    shown: set[DataConfig] = set()
+    for phase, dataset in zip(run.phases, datasets, strict=True):
+        if phase.data not in shown:
+            shown.add(phase.data)
+            typer.echo("\n".join([f"{phase.name}", *(f"  {line}" for line in describe(dataset)), ""]))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, and what each engine and kernel will use."""
+    from sparsetrain.report.doctor import print_doctor
+
+    print_doctor(Console())
+
+
+def _load(config: str, overrides: Sequence[str] | None, *, world_size: int | None = None) -> RunConfig:
+    if "=" in config and not Path(config).exists():
+        raise ConfigError(f"the YAML file comes first, then changes to it such as {config}")
+    return load_config(config, overrides or (), world_size=world_size)
+
+
+def _torchrun_ranks() -> int | None:
+    """The number of ranks that torchrun started, or None outside of it."""
+    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"]) if _torchrun_ranks() is not None else 0
+
+
+def _watch(work: Callable[..., Any]) -> None:
+    """Do `work(reporter=...)` with its events on display, and print the table at the end; on rank 0 only."""
+    if _rank() != 0:
+        work(reporter=None)
+        return
+    from sparsetrain.report.final import print_summary
+    from sparsetrain.training.events import Event, RunStarted
+    from sparsetrain.training.progress import ProgressDisplay
+
+    folders: list[Path] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, RunStarted):
+            folders.append(Path(event.folder))
+        display(event)
+
+    console = Console()
+    with ProgressDisplay(console) as display:
+        work(reporter=report)
+    if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
+        print_summary(folders[-1], console)
+
+
+def _show_error(error: SparsetrainError) -> None:
+    """Print an error of the user's, once for all ranks."""
+    rank = _rank()
+    if rank and isinstance(error, ConfigError):
+        return  # rank 0 read the same file
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    name = "error: " if _torchrun_ranks() is None else f"error (rank {rank}): "
+    if not isinstance(error, InvalidConfig):
+        console.print(Text(name, "bold red").append(str(error), "default"))
+        return
+    console.print(Text(name, "bold red").append(str(error).partition("\n")[0], "bold default"))
+    for problem in error.problems:
+        console.print(_problem_line(problem))
+        where = problem.where
+        if isinstance(where, FilePosition) and where.source_line and len(error.problems) <= _MAX_EXCERPTS:
+            console.print(_excerpt(where))
+
+
+def _problem_line(problem: Problem) -> Text:
+    """The line of a problem, with what is to be changed standing out."""
+    line, message = str(problem), problem.message
+    return Text(line.removesuffix(message), "bold").append(message, "not bold")
+
+
+def _excerpt(where: FilePosition) -> Text:
+    """The line of the YAML that is to blame, underlined."""
+    number = f"{where.line:>5} | "
+    gap = " " * (len(number) - 2) + "| " + " " * (where.column - 1)
+    marks = "^" * min(where.width, max(1, len(where.source_line) - where.column + 1))
+    return Text(number, "blue").append(where.source_line, "default").append(f"\n{gap}", "blue").append(marks, "red")

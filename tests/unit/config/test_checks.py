@@ -1,0 +1,88 @@
+"""Sections that do not fit each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsetrain.config import check_config, check_world, load_config
+from sparsetrain.errors import ConfigError
+
+Mistakes = Callable[..., list[str]]
+
+RUN = """\
+name: tiny
+model: {dim: 8, num_layers: 1, num_heads: 2}
+data: {seq_len: 256}
+train:
+  tokens: 4Ki
+  batch_tokens: 2Ki
+  phases: [{name: second, tokens: 1Ki}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.batch_tokens=1000", "must be a multiple of data.seq_len=256; 768 or 1024 would do"),
+        ("train.batch_tokens=100", "must be a multiple of data.seq_len=256; 256 would do"),
+        ("train.batch_ramp.start_tokens=128", "must be a multiple of data.seq_len=256; 256 would do"),
+        (
+            "train.phases.0.data.seq_len=192",
+            "bad.yaml:6: train.batch_tokens = 2Ki: must be a multiple of train.phases.0.data.seq_len=192; "
+            "1920 or 2112 would do",
+        ),
+        (
+            "cluster.workers=3",
+            "bad.yaml:6: train.batch_tokens = 2Ki: 8 samples of 256 tokens, which 3 ranks cannot share evenly; "
+            "1536 or 2304 would do",
+        ),
+        ("cluster.workers=16", "which 16 ranks cannot share evenly; 4096 would do"),
+        (
+            "parallel={shard: full, shard_size: 2}",
+            "parallel.shard_size = 2: must divide the number of ranks, 1; 1 does",
+        ),
+        ("train.phases.0.name=pretrain", "train.phase_name has the same name; give each phase its own"),
+        ("train.phases.0.data.tokenizer={kind: bpe}", "differs from data.tokenizer, and the model has one vocabulary"),
+        ("model.vocab_size=256", "the bytes tokenizer has 257 tokens; write at least that, or remove the key"),
+        ("cluster.cpus_per_worker=1.5", "above 1 it must be a whole number"),
+        ("cluster.gpus_per_worker=2", "a worker drives one GPU: write 1 (or 0 for none), and set cluster.workers"),
+    ],
+)
+def test_sections_that_do_not_fit_are_told_with_a_fix(mistakes: Mistakes, override: str, expected: str) -> None:
+    (line,) = mistakes(RUN, override)
+
+    assert expected in line
+
+
+def test_the_ramp_must_be_shared_by_all_ranks_too(mistakes: Mistakes) -> None:
+    (line,) = mistakes(RUN, "train.batch_ramp.start_tokens=256", "cluster.workers=2")
+
+    assert "start_tokens=256: 1 samples" in line
+    assert "512 would do" in line
+
+
+def test_torchrun_decides_the_number_of_ranks(mistakes: Mistakes) -> None:
+    (line,) = mistakes(RUN, world_size=3)
+
+    assert "which 3 ranks cannot share evenly" in line
+
+
+def test_vocabulary_holds_the_trained_tokenizer(mistakes: Mistakes) -> None:
+    (line,) = mistakes(RUN, "model.vocab_size=512", "data.tokenizer={kind: bpe, vocab_size: 1024}")
+
+    assert "model.vocab_size=512: the bpe tokenizer has 1024 tokens" in line
+
+
+def test_a_config_made_in_python_can_be_checked(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    good = load_config(path)
+    train = good.train.model_copy(update={"batch_tokens": 1000})
+
+    check_config(good)
+    check_world(good, 4)
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens = 1000: must be a multiple"):
+        check_config(good.model_copy(update={"train": train}))
+    with pytest.raises(ConfigError, match=r"train\.batch_tokens = 2048: .* which 3 ranks cannot share"):
+        check_world(good, 3)
