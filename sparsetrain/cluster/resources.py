@@ -1,0 +1,127 @@
+"""Is there room for the workers? Asked before anything starts, answered in seconds."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import available_resources_per_node
+
+from sparsetrain.config import ClusterConfig
+from sparsetrain.errors import ClusterError
+
+_POLL_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the run asks of a cluster."""
+
+    workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @classmethod
+    def from_config(cls, cluster: ClusterConfig) -> "Request":
+        """Read it from the `cluster` section."""
+        return cls(cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Resources of one worker, in Ray's names."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": self.cpus_per_worker, **gpus}
+
+    @property
+    def num_cpus(self) -> int:
+        """Whole CPUs for all workers."""
+        return math.ceil(self.workers * self.cpus_per_worker)
+
+    @property
+    def num_gpus(self) -> int:
+        """Whole GPUs for all workers."""
+        return math.ceil(self.workers * self.gpus_per_worker)
+
+    def fitting(self, nodes: Iterable[Mapping[str, float]]) -> int:
+        """How many workers fit on nodes with these resources."""
+        return sum(min(int(node.get(name, 0) / each) for name, each in self.per_worker.items()) for node in nodes)
+
+
+def check_machine(request: Request, *, cpus: int | None = None, gpus: int | None = None) -> None:
+    """Refuse a local run that asks for more than this machine has.
+
+    Args:
+        request: What the run asks for.
+        cpus: CPUs that this process may use; default counted.
+        gpus: GPUs of this machine; default counted, when the run asks for some.
+
+    Raises:
+        ClusterError: Too few CPUs or GPUs.
+    """
+    machine = {"CPU": len(os.sched_getaffinity(0)) if cpus is None else cpus, "GPU": 0}
+    if request.gpus_per_worker:
+        machine["GPU"] = _count_gpus() if gpus is None else gpus
+    if request.fitting([machine]) < request.workers:
+        raise ClusterError(_too_little(request, [machine], "this machine has"))
+
+
+def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[str], None]) -> None:
+    """Wait until the cluster that this process has joined has room for the workers.
+
+    A cluster without an autoscaler whose nodes are too small is refused at once; one that is busy, or may still grow,
+    is given `timeout_s` seconds.
+
+    Args:
+        request: What the run asks for.
+        timeout_s: Seconds to wait for busy or growing nodes.
+        notify: Told once, when there is something to wait for.
+
+    Raises:
+        ClusterError: Too few CPUs or GPUs.
+    """
+    deadline = time.monotonic() + timeout_s
+    waiting = False
+    while (free := request.fitting(available_resources_per_node().values())) < request.workers:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if request.fitting(nodes) < request.workers and not _may_grow():
+            raise ClusterError(_too_little(request, nodes, "the cluster has"))
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"cluster.workers={request.workers}: after cluster.start_timeout_s={timeout_s:g} s the cluster has "
+                f"room for {free}.\n{_too_little(request, available_resources_per_node().values(), 'free are')}"
+            )
+        if not waiting:
+            notify(f"the cluster has room for {free} of {request.workers} workers; waiting up to {timeout_s:g} s")
+            waiting = True
+        time.sleep(min(_POLL_EVERY_S, max(0.0, deadline - time.monotonic())))
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler could add nodes."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() is not None
+
+
+def _count_gpus() -> int:
+    import torch  # slow to import, and only needed by runs that ask for GPUs
+
+    return torch.cuda.device_count()
+
+
+def _too_little(request: Request, nodes: Iterable[Mapping[str, float]], has: str) -> str:
+    nodes = list(nodes)
+    asked = [f"cluster.cpus_per_worker={request.cpus_per_worker:g}"]
+    total = [f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"]
+    needs = [f"{request.workers * request.cpus_per_worker:g} CPUs"]
+    if request.gpus_per_worker:
+        asked.append(f"cluster.gpus_per_worker={request.gpus_per_worker:g}")
+        total.append(f"{sum(node.get('GPU', 0) for node in nodes):g} GPUs")
+        needs.append(f"{request.workers * request.gpus_per_worker:g} GPUs")
+    on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes"
+    fitting = request.fitting(nodes)
+    fix = f"lower cluster.workers to {fitting}" if fitting else "lower what each worker asks for"
+    return (
+        f"cluster.workers={request.workers} with {' and '.join(asked)} asks for {' and '.join(needs)}; "
+        f"{has} {' and '.join(total)}{on}. To fix: {fix}, or use a larger machine or cluster."
+    )
