@@ -1,0 +1,90 @@
+import pytest
+
+from sparsetrain.errors import RunFolderError
+from sparsetrain.report.final import print_summary
+from sparsetrain.report.plot import PLOT_FILE
+
+
+def printed(folder, console) -> list[str]:
+    print_summary(folder, console)
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_table_has_each_phase_before_and_after(make_run, make_summary, console):
+    folder = make_run(("sparse-pretrain", 20), ("dense-finetune", 10))
+    make_summary().save(folder)
+    lines = printed(folder, console)
+    assert "phase tokens time held-out bits/byte density FLOPs saved" in lines
+    assert "sparse-pretrain 4.00M 2:51 8.003 → 2.598 0.250 36.6 %" in lines
+    assert "dense-finetune 1.02M 0:43 3.247 → 2.769 1.000 0.0 %" in lines
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
+
+
+def test_masks_on_dense_kernels_save_no_seconds_and_say_so(make_run, make_summary, console):
+    folder = make_run(("sparse-pretrain", 20), ("dense-finetune", 10))
+    make_summary().save(folder)
+    lines = printed(folder, console)
+    assert "FLOPs saved, nominal 29.1 %: 73T of 103T FLOPs, zeros not counted" in lines
+    assert "seconds saved, measured none: dense kernels multiply the zeros, too" in lines
+    assert "median step 500 ms dense, 700 ms with zeros" in lines
+    assert "speed 23.1k tokens/s, MFU 41.2 % of the measured peak" in lines
+    assert "N_avg 1.81M non-zero linear parameters, mean over steps" in lines
+
+
+def test_kernels_that_skip_zeros_show_measured_seconds(make_run, make_summary, console):
+    folder = make_run(("sparse-pretrain", 20), ("dense-finetune", 10))
+    make_summary(executed_flops=8e13).save(folder)
+    # Ten sparse steps of 0.7 s where dense ones take 0.5 s: what was measured, even when it is a loss.
+    assert "seconds saved, measured -2.0 s: 3:34 of training instead of 3:32" in printed(folder, console)
+
+
+def test_run_that_was_sparse_throughout_has_nothing_to_compare(tmp_path, make_summary, console):
+    make_summary(executed_flops=8e13).save(tmp_path)
+    lines = printed(tmp_path, console)
+    assert "seconds saved, measured not known: this run has no dense steps to compare with" in lines
+    assert not [line for line in lines if line.startswith("median step")]
+
+
+def test_dense_run_saves_nothing(make_run, make_summary, console):
+    folder = make_run(("main", 3), dense=True)
+    make_summary(train_flops=1.03e14).save(folder)
+    assert "seconds saved, measured none: no weight was zero" in printed(folder, console)
+
+
+def test_sample_is_shown_as_text_whatever_is_in_it(make_run, make_summary, console):
+    folder = make_run(("main", 3))
+    make_summary(sample="def f([red]x):\n\treturn\x1b[2J x\x07\n" + "line\n" * 30).save(folder)
+    lines = printed(folder, console)
+    assert "def f([red]x):" in lines
+    assert "return�[2J x�" in lines
+    assert lines.count("line") == 14
+    assert "…" in lines
+
+
+def test_missing_evaluations_are_dashes(make_run, make_summary, console):
+    folder = make_run(("main", 3))
+    summary = make_summary()
+    phase = summary.phases[0]
+    make_summary(phases=(type(phase)(**{**vars(phase), "eval_before": None, "eval_after": None}),)).save(folder)
+    assert "sparse-pretrain 4.00M 2:51 – → – 0.250 36.6 %" in printed(folder, console)
+
+
+@pytest.mark.parametrize("bad_steps", [0, 3])
+def test_skipped_steps_are_told(make_run, make_summary, console, bad_steps):
+    folder = make_run(("main", 3))
+    make_summary(bad_steps=bad_steps).save(folder)
+    told = "steps skipped 3, because loss or gradient was not finite" in printed(folder, console)
+    assert told == (bad_steps > 0)
+
+
+def test_last_line_says_where_everything_is(make_run, make_summary, console):
+    folder = make_run(("main", 3))
+    make_summary().save(folder)
+    assert printed(folder, console)[-1] == f"run folder {folder}"
+    (folder / PLOT_FILE).touch()
+    assert printed(folder, console)[-1] == f"run folder {folder} (losses: {folder / PLOT_FILE})"
+
+
+def test_run_that_has_not_finished_says_so(make_run, console):
+    with pytest.raises(RunFolderError, match=r"summary\.json: not there; the run has not finished"):
+        print_summary(make_run(("main", 3)), console)
