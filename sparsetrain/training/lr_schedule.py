@@ -8,8 +8,8 @@ from sparsetrain.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, tokens: int, total_tokens: int) -> float:
     """Learning rate after `tokens` of a phase's `total_tokens`; a linear warmup, then the schedule's curve.
 
-    The step that trains on tokens up to `tokens` uses it, so the first step of a warmup is not wasted on a rate of 0 and
-    the last step of a phase uses the final rate.
+    The step that trains on tokens up to `tokens` uses it: so no step of a warmup is wasted on a rate of 0, and the last
+    step of a phase uses the final rate.
     """
     schedule = config.schedule
     progress = tokens / total_tokens

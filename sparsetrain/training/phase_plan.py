@@ -1,4 +1,4 @@
-"""How a phase's tokens become steps: the size of every batch and where in the data it begins, at any number of ranks."""
+"""How a phase's tokens become steps: the size of every batch, and where in the data it begins."""
 
 import itertools
 from bisect import bisect_right

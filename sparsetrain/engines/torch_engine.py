@@ -1,0 +1,149 @@
+"""Plain torch: DDP or fully_shard, bf16 autocast over fp32 weights, AdamW."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sparsetrain.config import OptimizerConfig, RunConfig
+from sparsetrain.data import NOT_COUNTED, Batch
+from sparsetrain.models import Transformer, initialize_
+from sparsetrain.parallel import World, parallelize_data
+from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, weight_shards
+from sparsetrain.engines.optimizer import build_optimizer
+
+
+class TorchEngine:
+    """A transformer on torch's own data parallelism.
+
+    Args:
+        config: Model, precision, layout and the first phase's optimizer.
+        world: The ranks.
+        vocab_size: Rows of the embedding.
+        max_seq_len: Longest sample of any phase, in tokens.
+    """
+
+    def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int) -> None:
+        self._world = world
+        self._layout = config.parallel
+        self._precision = config.train.precision
+        with torch.device("meta"):
+            self._module = Transformer(config.model, vocab_size, max_seq_len)
+        if config.train.activation_checkpointing:
+            for index, layer in enumerate(self._module.layers):
+                self._module.layers[index] = checkpoint_wrapper(layer)
+        if config.parallel.shard == "full":
+            self._callable = self._parallelize(config)
+            self._materialize(config)
+        else:
+            self._materialize(config)
+            self._callable = self._parallelize(config)
+        if config.train.compile:
+            self._callable.compile()  # in place: parameter names and hooks stay
+        self._optimizer = build_optimizer(self._module, config.optimizer, world.device)
+
+    def _parallelize(self, config: RunConfig) -> nn.Module:
+        return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
+
+    def _materialize(self, config: RunConfig) -> None:
+        self._module.to_empty(device=self._world.device)
+        initialize_(self._module, config.model, config.seed)
+
+    @property
+    def module(self) -> Transformer:
+        """The bare model."""
+        return self._module
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """AdamW over the parameters that this rank holds."""
+        return self._optimizer
+
+    def use_optimizer(self, config: OptimizerConfig, *, keep_state: bool) -> None:
+        """Begin a phase: new hyperparameters, and Adam's moments and step count kept or forgotten."""
+        state = self._optimizer.state
+        self._optimizer = build_optimizer(self._module, config, self._world.device)
+        if keep_state:
+            self._optimizer.state = state
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Accumulate the gradient of the mean loss over the global batch; see Engine."""
+        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches]).sum()
+        num_targets = self._world.sum_(num_targets.to(self._world.device))
+        # Data parallelism averages over ranks; the mean over targets wants their sum.
+        scale = self._world.size / num_targets
+        total = torch.zeros((), device=self._world.device)
+        for index, batch in enumerate(micro_batches):
+            with self._synchronizing(index == len(micro_batches) - 1):
+                loss = self._loss(batch)
+                torch.autograd.backward(loss * scale)
+            total += loss.detach()
+        return self._world.sum_(total) / num_targets
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clip by the true global norm and return it; see Engine."""
+        shards = self.weight_shards()
+        norm = global_grad_norm(shards)
+        if max_norm is not None:
+            clip_grads_(shards, max_norm, norm)
+        return norm
+
+    def step(self, lr: float) -> None:
+        """Update the weights and drop the gradient."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def skip_step(self) -> None:
+        """Drop the gradient without an update."""
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses over this rank's counted targets."""
+        return self._loss(batch)
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
+        # Every length would be compiled anew.
+        with torch.compiler.set_stance("force_eager"), self._autocast():
+            logits_1TV: Tensor = self._module(tokens.unsqueeze(0).to(self._world.device))
+        return logits_1TV[0, -1]
+
+    def weight_shards(self) -> list[WeightShard]:
+        """Where every weight lives, with its gradient and moments."""
+        return weight_shards(self._callable, self._optimizer)
+
+    def describe(self) -> str:
+        """One line for people."""
+        layout = {"ddp": "replicated", "full": "fully sharded"}[self._layout.shard]
+        ranks = f"{self._world.size} rank{'s' if self._world.size > 1 else ''}"
+        return f"torch, {layout} over {ranks}, {self._precision}, {self._world.device.type}"
+
+    def _loss(self, batch: Batch) -> Tensor:
+        batch = batch.to(self._world.device)
+        with self._autocast():
+            loss: Tensor = self._callable(batch.tokens, batch.targets, batch.document_ids)
+        return loss
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+
+    @contextlib.contextmanager
+    def _synchronizing(self, is_last: bool) -> Iterator[None]:
+        """Reduce gradients over ranks in the last micro-batch only; the others add up locally."""
+        if isinstance(self._callable, FSDPModule):
+            self._callable.set_requires_gradient_sync(is_last)
+            yield
+        elif isinstance(self._callable, DistributedDataParallel) and not is_last:
+            with self._callable.no_sync():
+                yield
+        else:
+            yield

@@ -1,0 +1,79 @@
+"""What a step cost and how fast it was: the row of metrics.jsonl, and the sums behind summary.json."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sparsetrain.config import TrainConfig
+from sparsetrain.planning.flops import ModelFlops
+from sparsetrain.sparsity import Sparsifier
+from sparsetrain.training.metrics import Throughput, mfu
+from sparsetrain.training.phase_plan import PhasePlan
+from sparsetrain.training.state import RunState
+from sparsetrain.training.step import StepResult
+
+
+class Accountant:
+    """Counts the steps of one phase.
+
+    Args:
+        sparsity: The phase's masks.
+        flops: What a token costs.
+        train: Whether activations are computed twice.
+        peak_flops: Matmul peak of all ranks together, FLOP/s.
+    """
+
+    def __init__(self, sparsity: Sparsifier, flops: ModelFlops, train: TrainConfig, peak_flops: float) -> None:
+        self._sparsity = sparsity
+        self._flops = flops
+        self._recomputed_per_token = flops.layers_forward_per_token() if train.activation_checkpointing else 0.0
+        self._peak_flops = peak_flops
+        self._meter = Throughput()
+        # Masks change after a step: what the next one multiplies with is noted when this one is over.
+        self._densities = sparsity.densities()
+        self._nonzero_parameters = self._nonzero_linear_parameters()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """What happens inside is not training, and not counted."""
+        return self._meter.paused()
+
+    def count(self, plan: PhasePlan, state: RunState, result: StepResult) -> dict[str, Any]:
+        """Add a step to the phase's sums in `state`; returns its row of metrics.jsonl."""
+        # With masks on dense kernels every zero is multiplied: what is executed is the dense model.
+        model_flops = self._flops.train_per_token() * result.num_tokens
+        seconds = self._meter.step_done(result.num_tokens, model_flops)
+        totals = state.current
+        totals.steps += 1
+        totals.tokens += result.num_tokens
+        totals.seconds += seconds
+        totals.density = self._sparsity.density
+        totals.train_flops += self._flops.train_per_token(self._densities) * result.num_tokens
+        totals.model_flops += model_flops
+        totals.executed_flops += model_flops + self._recomputed_per_token * result.num_tokens
+        totals.dense_train_flops += model_flops
+        totals.nonzero_steps += self._nonzero_parameters
+        self._densities = self._sparsity.densities()
+        self._nonzero_parameters = self._nonzero_linear_parameters()
+        state.final_loss = result.loss if result.is_finite else None
+        row = {
+            "step": state.step,
+            "phase": plan.phase.name,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": self._meter.tokens_per_s,
+            "mfu": mfu(self._meter.executed_flops_per_s, 1.0, self._peak_flops),
+            "density": totals.density,
+            "step_time_s": seconds,
+        }
+        if self._sparsity.rules:
+            row["flip_rate"] = self._sparsity.flip_rate
+        if state.bad_steps:
+            row["bad_steps"] = state.bad_steps
+        return row
+
+    def _nonzero_linear_parameters(self) -> float:
+        zeros = sum(
+            weight.numel - weight.nonzeros for weight in self._sparsity.report() if weight.name in self._flops.linear
+        )
+        return self._flops.num_linear_parameters - zeros

@@ -1,0 +1,62 @@
+"""Everything about a run that can be found wrong before a worker starts."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsetrain.config import BpeTokenizer, ByteTokenizer, RunConfig, TokenizerFile, check_world
+from sparsetrain.data import Dataset
+from sparsetrain.data.cache import Progress
+from sparsetrain.data.tokenizer import read_tokenizer_file
+from sparsetrain.models import Transformer
+from sparsetrain.sparsity import describe_parameters, match_rules
+from sparsetrain.training.datasets import prepare_datasets
+from sparsetrain.training.setup import max_seq_len, vocab_rows
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was learned on the way."""
+
+    datasets: list[Dataset]
+    """By phase."""
+    num_parameters: int
+
+
+def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: Progress | None = None) -> Preflight:
+    """Check a run against its model and its data, and build the token shards.
+
+    The model is built on the meta device, where it takes no memory; the data are looked at last, because that may take
+    a while.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks; default cluster.workers.
+        on_progress: Called while token shards are built.
+
+    Raises:
+        ConfigError: The batch or mesh does not fit the ranks, a rule matches no weight, a block does not divide one.
+        DataError: A corpus or tokenizer is missing, damaged or does not match.
+    """
+    check_world(config, world_size or config.cluster.workers)
+    with torch.device("meta"):
+        model = Transformer(config.model, vocab_rows(config, _vocab_size(config)), max_seq_len(config))
+    parameters = describe_parameters(model)
+    for index, phase in enumerate(config.phases):
+        if phase.sparsity != "keep":
+            key = f"train.phases[{index - 1}].sparsity" if index else "sparsity"
+            match_rules(phase.sparsity, parameters, key=key)
+    datasets = prepare_datasets(config, on_progress=on_progress)
+    vocab_rows(config, datasets[0].tokenizer.vocab_size)
+    return Preflight(datasets, sum(parameter.numel for parameter in parameters))
+
+
+def _vocab_size(config: RunConfig) -> int:
+    """The tokenizer's size, as far as it is known before any text is read."""
+    match config.data.tokenizer:
+        case ByteTokenizer():
+            return 257
+        case BpeTokenizer(vocab_size=size):
+            return size
+        case TokenizerFile(path=path, end_of_document=end):
+            return read_tokenizer_file(path, end).vocab_size

@@ -1,0 +1,61 @@
+"""From what a run has added up to the figures of summary.json."""
+
+from collections.abc import Sequence
+
+from sparsetrain.config import RunConfig
+from sparsetrain.training.metrics import Row, mfu
+from sparsetrain.training.state import PhaseTotals, RunState
+from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes
+
+
+def summarize(
+    config: RunConfig, state: RunState, rows: Sequence[Row], *, peak_flops: float, density: float, sample: str | None
+) -> RunSummary:
+    """Work out a finished run's figures.
+
+    Args:
+        config: The run.
+        state: Its sums, all phases done.
+        rows: metrics.jsonl, for the comparison of dense with sparse steps.
+        peak_flops: Matmul peak of all ranks together, FLOP/s.
+        density: After the last step; 1 where no rule owns a weight.
+        sample: Text that the trained model wrote.
+    """
+    totals = state.totals
+    seconds = sum(phase.seconds for phase in totals)
+    steps = sum(phase.steps for phase in totals)
+    times = StepTimes.compare(rows)
+    return RunSummary(
+        final_loss=state.final_loss,
+        eval_loss=state.eval_loss,
+        eval_bits_per_byte=totals[-1].eval_after,
+        tokens=state.tokens,
+        tokens_per_s=state.tokens / seconds if seconds else 0.0,
+        mfu=mfu(sum(phase.model_flops for phase in totals), seconds, peak_flops),
+        density=density,
+        n_avg=sum(phase.nonzero_steps for phase in totals) / max(1, steps),
+        train_flops=sum(phase.train_flops for phase in totals),
+        executed_flops=sum(phase.executed_flops for phase in totals),
+        dense_train_flops=sum(phase.dense_train_flops for phase in totals),
+        phases=tuple(_phase(phase.name, part) for phase, part in zip(config.phases, totals, strict=True)),
+        seconds=seconds,
+        seconds_saved=times.seconds_saved if times is not None else None,
+        sample=sample,
+        bad_steps=state.bad_steps,
+        resumed=state.resumed,
+    )
+
+
+def _phase(name: str, totals: PhaseTotals) -> PhaseSummary:
+    return PhaseSummary(
+        name=name,
+        tokens=totals.tokens,
+        steps=totals.steps,
+        seconds=totals.seconds,
+        eval_before=totals.eval_before,
+        eval_after=totals.eval_after,
+        density=totals.density,
+        train_flops=totals.train_flops,
+        executed_flops=totals.executed_flops,
+        dense_train_flops=totals.dense_train_flops,
+    )
