@@ -1,0 +1,146 @@
+"""Exact parameter counts and training FLOPs by part, dense and sparse.
+
+A FLOP here is a multiplication or an addition inside a matrix product; norms, softmax, activations and look-ups are not
+counted (they add well under a percent, and no published figure counts them). The backward pass costs twice the forward.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+
+from torch import nn
+
+from sparsetrain.models import Transformer
+from sparsetrain.sharding import canonical_name
+
+_BACKWARD_AND_FORWARD = 3
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a `Transformer` by part; a shared parameter is counted once."""
+
+    embedding: int
+    """Token embeddings and learned positions; a tied head is in here."""
+    attention: int
+    """Query, key, value and output projections, with their biases."""
+    ffn: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def parameter_counts(model: nn.Module) -> ParameterCount:
+    """Count the parameters of a `Transformer`, wrapped or sharded or not; the meta device is enough.
+
+    Raises:
+        ValueError: The model has a parameter that belongs to no part.
+    """
+    counts = dict.fromkeys((part.name for part in fields(ParameterCount)), 0)
+    for name, shape in _shapes(model).items():
+        counts[_part(name)] += prod(shape)
+    return ParameterCount(**counts)
+
+
+def _part(name: str) -> str:
+    layers = name.removesuffix(".weight").removesuffix(".bias").split(".")
+    for part, members in (
+        ("embedding", {"embed", "positions"}),
+        ("norms", {"norm", "attention_norm", "ffn_norm"}),
+        ("attention", {"attention"}),
+        ("ffn", {"ffn"}),
+        ("head", {"head"}),
+    ):
+        if members.intersection(layers):
+            return part
+    raise ValueError(f"{name} is no parameter of a Transformer")
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What one token costs at a given sample length, by part; forward, in FLOPs a token."""
+
+    linear: Mapping[str, float]
+    """Each weight matrix inside the layers, by parameter name, dense: 2 · its size."""
+    attention: float
+    """Scores and weighted values of all layers. A query at position t sees t + 1 keys, so (T + 1)/2 on average: half of
+    what a count that ignores causality gives."""
+    head: float
+    """The output head, dense."""
+    head_name: str
+    """Parameter that the head multiplies with; the embedding where they are tied."""
+
+    @classmethod
+    def of(cls, model: nn.Module, seq_len: int) -> "ModelFlops":
+        """Count a `Transformer`, wrapped or sharded or not, at samples of `seq_len` tokens.
+
+        Raises:
+            ValueError: The model holds no `Transformer`.
+        """
+        config = next((module.config for module in model.modules() if isinstance(module, Transformer)), None)
+        if config is None:
+            raise ValueError(f"{type(model).__name__} holds no Transformer")
+        shapes = _shapes(model)
+        head_name = "embed.weight" if config.ties_embeddings else "head.weight"
+        return cls(
+            linear={
+                name: 2.0 * prod(shape)
+                for name, shape in shapes.items()
+                if len(shape) == 2 and _part(name) in ("attention", "ffn")
+            },
+            attention=2 * config.num_layers * 2.0 * config.dim * (seq_len + 1) / 2,
+            head=2.0 * prod(shapes[head_name]),
+            head_name=head_name,
+        )
+
+    @property
+    def num_linear_parameters(self) -> int:
+        """Weights inside the layers' matrices: what N_avg averages."""
+        return round(sum(self.linear.values()) / 2)
+
+    def forward_per_token(self, densities: Mapping[str, float] | None = None) -> float:
+        """FLOPs of the forward pass, zeros not counted.
+
+        Args:
+            densities: Share of non-zeros by parameter name; a name that is missing is dense.
+        """
+        densities = densities or {}
+        return self.layers_forward_per_token(densities) + self.head * densities.get(self.head_name, 1.0)
+
+    def layers_forward_per_token(self, densities: Mapping[str, float] | None = None) -> float:
+        """FLOPs of the forward pass without the head: what activation checkpointing computes a second time."""
+        densities = densities or {}
+        return self.attention + sum(flops * densities.get(name, 1.0) for name, flops in self.linear.items())
+
+    def train_per_token(self, densities: Mapping[str, float] | None = None) -> float:
+        """FLOPs of forward and backward pass, zeros not counted."""
+        return _BACKWARD_AND_FORWARD * self.forward_per_token(densities)
+
+
+def spdf_flops(
+    *,
+    num_layers: int,
+    dim: int,
+    ffn_dim: int,
+    num_heads: int,
+    vocab_size: int,
+    seq_len: int,
+    tokens: float,
+    sparsity: float = 0.0,
+) -> float:
+    """Training FLOPs as the SPDF paper counts them (arXiv 2303.10464), for comparison with its tables.
+
+    It ignores causality, counts the softmax (3 FLOPs a score) and applies `sparsity` to all matrices of the layers.
+    """
+    matrices = 8 * seq_len * dim**2 + 4 * seq_len * dim * ffn_dim
+    scores = 4 * seq_len**2 * dim + 3 * num_heads * seq_len**2
+    forward = num_layers * (matrices * (1 - sparsity) + scores) + 2 * seq_len * dim * vocab_size
+    return _BACKWARD_AND_FORWARD * tokens / seq_len * forward
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {canonical_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
