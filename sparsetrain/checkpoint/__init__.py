@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified before use, and loadable at any layout and number of ranks."""
 
 from sparsetrain.checkpoint.folder import list_checkpoints, step_of, verify_checkpoint
-from sparsetrain.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint, load_weights
+from sparsetrain.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint, load_weights, read_state
 from sparsetrain.checkpoint.optimizer import ensure_moments, load_optimizer_state, optimizer_state
 from sparsetrain.checkpoint.save import save_checkpoint
 
@@ -14,6 +14,7 @@ __all__ = [
     "load_optimizer_state",
     "load_weights",
     "optimizer_state",
+    "read_state",
     "save_checkpoint",
     "step_of",
     "verify_checkpoint",

@@ -65,8 +65,8 @@ def load_checkpoint(path: Path, *, shards: Sequence[WeightShard]) -> Checkpoint:
     """Load weights, masters and moments into `shards`, and restore the random number generators; collective.
 
     Works at any layout and number of ranks; the generators of ranks that the saving run had not are derived from its
-    first rank's. Moments must exist before (`ensure_moments`): saved ones fill them, and a weight that had none when it
-    was saved gets zeros.
+    first rank's. Moments must exist before (`load_optimizer_state`): saved ones fill them, and a weight that had none
+    when it was saved gets zeros.
 
     Args:
         path: A checkpoint's folder.
@@ -84,8 +84,16 @@ def load_checkpoint(path: Path, *, shards: Sequence[WeightShard]) -> Checkpoint:
     tensors = _moments(saved, shards) | {f"masks/{name}": rows.tensor() for name, rows in masks.items()}
     _load_with_weights(path, saved, shards, tensors)
     on_every_rank(lambda: _restore_rng(path, manifest))
-    state = on_first_rank(lambda: torch.load(path / STATE_FILE, weights_only=True))
-    return Checkpoint(path, manifest.step, state, {name: rows.mask() for name, rows in masks.items()})
+    return Checkpoint(path, manifest.step, read_state(path), {name: rows.mask() for name, rows in masks.items()})
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What was saved as `state`, without loading anything; collective.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    return on_first_rank(lambda: _read_state(path))
 
 
 def load_weights(path: Path, shards: Sequence[WeightShard], *, on_damaged: _Notify = warnings.warn) -> Path:
@@ -122,6 +130,12 @@ def _newest_intact(checkpoints: Sequence[Path], on_damaged: _Notify) -> Path:
             on_damaged(f"{problem}. Going back to {checkpoint.name}")
         return checkpoint
     raise DamagedCheckpointError("no checkpoint is intact: " + "; ".join(problems))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    verify_files(path, {STATE_FILE: Manifest.read(path).files[STATE_FILE]})
+    state: dict[str, Any] = torch.load(path / STATE_FILE, weights_only=True)
+    return state
 
 
 def _verify(checkpoint: Path) -> Manifest:

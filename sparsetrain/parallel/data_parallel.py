@@ -17,8 +17,8 @@ def parallelize_data(
     """Replicate or shard `model` over all ranks; gradients come out averaged over them.
 
     Args:
-        model: On its device for shard=ddp. For shard=full it may be on the meta device, to be materialised afterwards, so
-            that no rank ever holds the whole.
+        model: On its device for shard=ddp. For shard=full it may be on the meta device, to be materialised afterwards:
+            then no rank ever holds the whole.
         layers: Submodules that shard=full gathers and frees one at a time.
         parallel: Which of the two, and over how many ranks one copy of the weights is spread.
         world: The ranks.

@@ -97,7 +97,7 @@ def _init_process_group(config: RunConfig, device: torch.device) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1, timeout=timeout)
 
 
 def _device(config: RunConfig) -> torch.device:
