@@ -20,7 +20,7 @@ def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_state` returned; the moments themselves are filled by `load_checkpoint`.
+    """Put back what `optimizer_state` returned, and make room for the moments, which `load_checkpoint` fills.
 
     Raises:
         CheckpointError: The optimizer has other parameter groups.
@@ -30,6 +30,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
             f"the checkpoint's optimizer has {len(state['groups'])} parameter groups, and this one "
             f"{len(optimizer.param_groups)}; optimizer settings and model must be those of the checkpoint"
         )
+    ensure_moments(optimizer)
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
         _load_group(optimizer, group, saved)
 
