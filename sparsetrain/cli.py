@@ -244,6 +244,7 @@ def _watch(work: Callable[..., Any]) -> None:
         work(reporter=None)
         return
     from sparsetrain.report.final import print_summary
+    from sparsetrain.report.plot import plot_loss
     from sparsetrain.training.events import Event, RunStarted
     from sparsetrain.training.progress import ProgressDisplay
 
@@ -258,6 +259,7 @@ def _watch(work: Callable[..., Any]) -> None:
     with ProgressDisplay(console) as display:
         work(reporter=report)
     if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
+        plot_loss(folders[-1])
         print_summary(folders[-1], console)
 
 
