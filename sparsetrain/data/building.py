@@ -17,21 +17,25 @@ from sparsetrain.data.tokenizer import Tokenizer, tokenizer_from_json, train_bpe
 from sparsetrain.errors import DataError
 
 _TEXT_AT_ONCE = 1 << 20  # characters handed to the tokenizer in one call
+_SHOW_EVERY_BYTES = 1 << 18
 _PREFIX = "tokens"
 
 
 @dataclass
 class _Meter:
-    """Counts bytes towards a total and passes the count on."""
+    """Counts bytes towards a total and passes the count on now and then."""
 
     stage: str
     total: int | None
     on_progress: Progress
     done: int = field(default=0, init=False)
+    shown: int = field(default=0, init=False)
 
     def add(self, num_bytes: int) -> None:
         self.done += num_bytes
-        self.on_progress(self.stage, self.done, self.total)
+        if self.done - self.shown >= _SHOW_EVERY_BYTES or self.done == self.total:
+            self.shown = self.done
+            self.on_progress(self.stage, self.done, self.total)
 
 
 def source_hash(source: Source, cache: Path, on_progress: Progress) -> str:
@@ -96,6 +100,8 @@ def _training_documents(source: Source, holdout: float, meter: _Meter) -> Iterat
     """The documents that the split leaves for training; it needs all hashes first, so the source is read twice."""
     identities = (document.identity for document in _documents(source, meter))
     hashes = np.fromiter(map(document_hash, identities), dtype=np.uint64)
+    if hashes.size == 0:
+        raise _empty(source)
     for document, is_held_out in zip(_documents(source, meter), held_out(hashes, holdout), strict=True):
         if not is_held_out:
             yield document
@@ -121,7 +127,7 @@ def _write_shard(prefix: Path, source: Source, content: str, tokenizer: Tokenize
                 sizes.append(len(document.text.encode()))
                 num_tokens += ids.size + 1
     if not hashes:
-        raise DataError(f"data.source {source.label}: is empty; there is no text in it")
+        raise _empty(source)
     records = np.empty(len(hashes), dtype=DOCUMENT_DTYPE)
     records["hash"], records["num_bytes"] = hashes, sizes
     info = {
@@ -133,6 +139,10 @@ def _write_shard(prefix: Path, source: Source, content: str, tokenizer: Tokenize
         "tokens": num_tokens,
     }
     write_sidecars(prefix, info, records)
+
+
+def _empty(source: Source) -> DataError:
+    return DataError(f"data.source {source.label}: is empty; there is no text in it")
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:

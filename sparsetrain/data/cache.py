@@ -43,9 +43,7 @@ def build_once(cache: Path, name: str, build: Callable[[Path], None], on_progres
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(
-            cache / f".{name}.lock", on_wait=lambda: on_progress(f"waiting for another process: {name}", 0, None)
-        ):
+        with _locked(cache / f".{name}.lock", on_wait=lambda: on_progress(f"waiting for {name}", 0, None)):
             if not folder.is_dir():
                 _build(folder, build)
     except OSError as error:
@@ -57,9 +55,9 @@ def remember(path: Path, text: str) -> None:
     """Keep a small text that only saves time: written whole or not at all, and given up without an error."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_ROUNDS = 6
+_ROUNDS = 4
 _MAX_CYCLE = 100_800  # 2^6 · 3^2 · 5^2 · 7: whole numbers of slots for percentages, thirds, sevenths and eighths
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -81,8 +81,9 @@ class Draw(NamedTuple):
 class SampleOrder:
     """Maps a global sample index to a source and a sample of it.
 
-    Sources are mixed in cycles of a fixed length, in each of which every source has exactly its share of the slots, at
-    places shuffled anew; each source is shuffled anew whenever it has been read through, at its own pace.
+    Sources are mixed in cycles of a fixed length, in each of which every source has exactly its share of the slots: a
+    shuffled pattern, begun at another place in each cycle. Each source is shuffled anew whenever it has been read
+    through, at its own pace.
 
     Args:
         num_samples: Samples in each source, all positive.
@@ -95,7 +96,9 @@ class SampleOrder:
         self._num_samples = tuple(num_samples)
         self._seed = seed
         self.slots = mixture_slots(weights)
-        self._slot_ends = np.cumsum(self.slots)
+        self._pattern = _shuffled_pattern(self.slots, seed)
+        turns = self._pattern == np.arange(len(self.slots))[:, None]
+        self._turns_before = np.pad(np.cumsum(turns, axis=1, dtype=np.int64), ((0, 0), (1, 0)))
 
     def draw(self, first: int, count: int) -> Draw:
         """The samples with global indices first … first + count − 1, in that order."""
@@ -109,14 +112,23 @@ class SampleOrder:
 
     def _turns(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source of each index, and how many samples have been taken from that source in its order before it."""
-        if len(self.slots) == 1:
-            return np.zeros_like(indices), indices
-        length = int(self._slot_ends[-1])
+        length = self._pattern.size
         cycle, slot = np.divmod(indices, length)
-        slot = permute(slot, length, derive_keys(self._seed, 0, cycle))
-        source = np.searchsorted(self._slot_ends, slot, side="right").astype(np.int64)
-        slots = np.asarray(self.slots, dtype=np.int64)
-        return source, cycle * slots[source] + slot - (self._slot_ends - slots)[source]
+        start = (derive_keys(self._seed, 0, cycle) % np.uint64(length)).astype(np.int64)
+        place = (start + slot) % length
+        source = self._pattern[place]
+        share = np.asarray(self.slots, dtype=np.int64)[source]
+        # Turns of this source from the start of the cycle to here, round the end of the pattern where need be.
+        turn = (self._turns_before[source, place] - self._turns_before[source, start]) % share
+        return source, cycle * share + turn
+
+
+def _shuffled_pattern(slots: Sequence[int], seed: int) -> NDArray[np.int64]:
+    """The source at each place of the mixing pattern: int64 [sum(slots)]."""
+    length = sum(slots)
+    ordered = np.repeat(np.arange(len(slots)), slots)
+    keys = derive_keys(seed, 0, np.full(length, -1))
+    return ordered[permute(np.arange(length), length, keys)]
 
 
 def mixture_slots(weights: Sequence[float]) -> tuple[int, ...]:

@@ -118,7 +118,10 @@ def _other_tokenizer(given: Tokenizer, wanted: str) -> DataError:
 def _from_text(source: Source, weight: float, shard: TokenShard) -> _Corpus:
     records = shard.document_records()
     if records is None or shard.info is None:
-        raise DataError(f"{shard.prefix}: damaged: its .sparsetrain.json or .sparsetrain.npy is gone; delete {shard.prefix.parent}")
+        raise DataError(
+            f"{shard.prefix}: its .sparsetrain.json or .sparsetrain.npy is gone; delete {shard.prefix.parent} to build "
+            "the shard anew"
+        )
     sha256 = shard.info["source"]["sha256"]
     return _Corpus(source.kind, source.label, source.version, sha256, weight, [shard], records["hash"], source.notices)
 
@@ -153,7 +156,9 @@ def _check_tokenizer(shard: TokenShard, tokenizer: Tokenizer) -> None:
         return
     made_with = shard.info.get("tokenizer")
     if not isinstance(made_with, dict) or not {"name", "fingerprint"} <= made_with.keys():
-        raise DataError(f"{shard.prefix}.sparsetrain.json: does not say which tokenizer the shard was made with; build it anew")
+        raise DataError(
+            f"{shard.prefix}.sparsetrain.json: does not say which tokenizer the shard was made with; build it anew"
+        )
     if made_with["fingerprint"] != tokenizer.fingerprint:
         raise DataError(
             f"{shard.prefix}: made with the tokenizer {made_with['name']} ({made_with['fingerprint'][:8]}), and "

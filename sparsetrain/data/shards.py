@@ -13,8 +13,8 @@
     int8      [N]    optional: modes of a multimodal corpus, ignored here
 
 Shards written here have one sequence a document and two small files more, which shards from elsewhere lack:
-`PREFIX.sparsetrain.json` says which tokenizer and text they are made of, `PREFIX.sparsetrain.npy` has a `DOCUMENT_DTYPE` record a
-document.
+`PREFIX.sparsetrain.json` says which tokenizer and text they are made of, `PREFIX.sparsetrain.npy` has a
+`DOCUMENT_DTYPE` record a document.
 """
 
 import array

@@ -33,9 +33,11 @@ class TextFilesSource(FileSource):
     def documents(self) -> Iterator[Document]:
         """Read the documents."""
         for file in self.files:
+            seen = 0
             for start, stop, content in self._parts(file):
                 text = decode_utf8(content, file.path, start)
-                yield Document(text, text, stop - start)
+                yield Document(text, text, stop - seen)
+                seen = stop
 
     @property
     def notices(self) -> tuple[str, ...]:
