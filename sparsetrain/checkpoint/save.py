@@ -78,6 +78,7 @@ def save_checkpoint(
 def _begin(folder: Path, step: int) -> tuple[str, Path]:
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
         for leftover in unfinished(folder):
             shutil.rmtree(leftover, ignore_errors=True)
         name = new_name(folder, step)
@@ -113,13 +114,13 @@ def _write_state(temporary: Path, state: Mapping[str, Any]) -> None:
         torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except Exception as error:
         raise TypeError(f"checkpoint state must be plain values, containers and tensors: {error}") from None
-    with writing_to(temporary):
+    with writing_to(temporary.parent):
         write_durably(temporary / STATE_FILE, file.getvalue())
 
 
 def _finish_rank(temporary: Path) -> dict[str, FileRecord]:
     """Write what is this rank's besides tensors, and describe all its files."""
-    with writing_to(temporary):
+    with writing_to(temporary.parent):
         own = io.BytesIO()
         torch.save(rng_state(), own)
         write_durably(temporary / rank_file(rank()), own.getvalue())

@@ -151,15 +151,15 @@ class _Writer(FileSystemWriter):
     """Names folder and fix when the disk fails, while the cause is still known: DCP passes on only the outer error."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        with writing_to(Path(self.path)):
+        with writing_to(Path(self.path).parent):
             return super().prepare_local_plan(plan)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with writing_to(Path(self.path)):
+        with writing_to(Path(self.path).parent):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        with writing_to(Path(self.path)):
+        with writing_to(Path(self.path).parent):
             super().finish(metadata, results)
 
 
@@ -171,8 +171,10 @@ def _errors_of_any_rank() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
     except CheckpointException as error:
-        failures: list[Any] = [failure for failure, _ in error.failures.values()]
-        bugs = [failure for failure in failures if not isinstance(failure, SparsetrainError)]
+        failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+        bugs = [failure for failure in failures.values() if not isinstance(failure, SparsetrainError)]
         if bugs:
             raise RuntimeError(str(error)) from bugs[0]
-        raise failures[0] from None
+        rank, first = next(iter(failures.items()))
+        where = f" (rank {rank})" if in_group() else ""
+        raise type(first)(f"{first}{where}") from None
