@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sparsetrain.config import RunConfig
 from sparsetrain.training.metrics import Row, mfu
 from sparsetrain.training.state import PhaseTotals, RunState
-from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes
+from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes, measured_seconds_saved
 
 
 def summarize(
@@ -24,6 +24,8 @@ def summarize(
     totals = state.totals
     seconds = sum(phase.seconds for phase in totals)
     steps = sum(phase.steps for phase in totals)
+    executed = sum(phase.executed_flops for phase in totals)
+    dense = sum(phase.dense_train_flops for phase in totals)
     times = StepTimes.compare(rows)
     return RunSummary(
         final_loss=state.final_loss,
@@ -35,11 +37,11 @@ def summarize(
         density=density,
         n_avg=sum(phase.nonzero_steps for phase in totals) / max(1, steps),
         train_flops=sum(phase.train_flops for phase in totals),
-        executed_flops=sum(phase.executed_flops for phase in totals),
-        dense_train_flops=sum(phase.dense_train_flops for phase in totals),
+        executed_flops=executed,
+        dense_train_flops=dense,
         phases=tuple(_phase(phase.name, part) for phase, part in zip(config.phases, totals, strict=True)),
         seconds=seconds,
-        seconds_saved=times.seconds_saved if times is not None else None,
+        seconds_saved=measured_seconds_saved(times, executed_flops=executed, dense_train_flops=dense),
         sample=sample,
         bad_steps=state.bad_steps,
         resumed=state.resumed,

@@ -70,13 +70,19 @@ class RunSummary:
     seconds: float = 0.0
     """Wall time of the optimizer steps, evaluations and checkpoints left out."""
     seconds_saved: float | None = None
-    """Measured by StepTimes.compare; None where the run has no dense steps, or no sparse ones, to compare."""
+    """Measured by StepTimes.compare, and 0 where the kernels multiply zeros like other weights, because the clock's noise
+    is no saving; None where the run has no dense steps, or no sparse ones, to compare."""
     sample: str | None = None
     """Text that the trained model wrote."""
     bad_steps: int = 0
     """Steps skipped because loss or gradient was not finite."""
     resumed: bool = False
     """Whether any part of the run went on from a checkpoint."""
+
+    @property
+    def multiplied_zeros(self) -> bool:
+        """Whether the kernels did the work of a dense run, whatever the masks."""
+        return did_dense_work(self.executed_flops, self.dense_train_flops)
 
     @property
     def flops_saved(self) -> float:
@@ -167,3 +173,15 @@ class StepTimes:
             return None
         usual = statistics.median(dense)
         return cls(usual, statistics.median(sparse), len(sparse) * usual - sum(sparse))
+
+
+def did_dense_work(executed_flops: float, dense_train_flops: float) -> bool:
+    """Whether zeros were multiplied like other weights; a thousandth is left to rounding."""
+    return executed_flops >= 0.999 * dense_train_flops
+
+
+def measured_seconds_saved(times: StepTimes | None, *, executed_flops: float, dense_train_flops: float) -> float | None:
+    """The seconds that a run's zeros saved: RunSummary.seconds_saved."""
+    if did_dense_work(executed_flops, dense_train_flops):
+        return 0.0
+    return times.seconds_saved if times is not None else None

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from sparsetrain.errors import RunFolderError
-from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes
+from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes, measured_seconds_saved
 
 
 def summary(**changes: object) -> RunSummary:
@@ -99,3 +99,18 @@ def test_step_times_compare_medians_of_equal_batches_and_count_mask_updates():
 )
 def test_step_times_need_dense_and_sparse_steps(steps):
     assert StepTimes.compare(rows(*steps)) is None
+
+
+@pytest.mark.parametrize(
+    ("times", "executed_flops", "saved"),
+    [
+        (StepTimes(1.0, 0.9, 12.0), 8e9, 12.0),
+        (StepTimes(1.0, 1.1, -12.0), 8e9, -12.0),
+        (StepTimes(1.0, 0.9, 12.0), 1e10, 0.0),
+        (None, 1e10, 0.0),
+        (None, 8e9, None),
+    ],
+    ids=["faster", "slower", "noise-of-dense-kernels", "dense-kernels", "nothing-to-compare"],
+)
+def test_seconds_are_saved_only_where_kernels_skip_zeros(times, executed_flops, saved):
+    assert measured_seconds_saved(times, executed_flops=executed_flops, dense_train_flops=1e10) == saved
