@@ -66,7 +66,7 @@ def _figures(summary: RunSummary, times: StepTimes | None) -> Table:
     table.add_row(" FLOPs saved, nominal", _flops_saved(summary))
     table.add_row(" seconds saved, measured", _seconds_saved(summary))
     if times is not None:
-        noise = ": the same work, the rest is noise" if summary.multiplied_zeros else ""
+        noise = " (same work, so noise)" if summary.multiplied_zeros else ""
         table.add_row(" median step", f"{_step(times.dense_s)} dense, {_step(times.sparse_s)} with zeros{noise}")
     table.add_row(" speed", f"{scaled(summary.tokens_per_s)} tokens/s, MFU {percent(summary.mfu)} of the measured peak")
     table.add_row(" N_avg", f"{scaled(summary.n_avg)} non-zero linear parameters, mean over steps")

@@ -70,8 +70,8 @@ class RunSummary:
     seconds: float = 0.0
     """Wall time of the optimizer steps, evaluations and checkpoints left out."""
     seconds_saved: float | None = None
-    """Measured by StepTimes.compare, and 0 where the kernels multiply zeros like other weights, because the clock's noise
-    is no saving; None where the run has no dense steps, or no sparse ones, to compare."""
+    """Measured by StepTimes.compare, but 0 where the kernels multiply zeros like other weights, because the clock's
+    noise is no saving; None where the run has no dense steps, or no sparse ones, to compare."""
     sample: str | None = None
     """Text that the trained model wrote."""
     bad_steps: int = 0
