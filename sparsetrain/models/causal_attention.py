@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sparsetrain.models.precision import as_written
+
 # torch's CPU kernel reaches a third of the matmul peak in bf16; ours more, for T²/2 kept probabilities a head.
 _LONGEST_ON_CPU = 1024
 _QUERIES_PER_BLOCK = 64
@@ -58,7 +60,7 @@ class _CpuAttention(torch.autograd.Function):
         num_kv_heads, scale = k_BTKD.shape[2], q_BTHD.shape[3] ** -0.5
         q, k, v = (_by_kv_head(x, num_kv_heads) for x in (q_BTHD, k_BTKD, v_BTKD))
         out, probabilities = torch.empty_like(q), []
-        with torch.autocast("cpu", enabled=False):
+        with as_written(q.device):
             for rows, first, end in _blocks(q_BTHD, num_kv_heads):
                 scores = _product(q[:, rows], k[:, :end].mT, scale)
                 _hide(scores, first, end, q_BTHD.shape[2] // num_kv_heads, document_ids_BT)

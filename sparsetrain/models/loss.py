@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain.models.precision import compute_dtype
+from sparsetrain.models.precision import as_written, compute_dtype
 
 IGNORED = -100
 """Target of a token that is not counted."""
@@ -39,14 +39,14 @@ def linear_cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor) -> Tenso
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        device, dtype = x_ND.device.type, compute_dtype(x_ND)
+        dtype = compute_dtype(x_ND)
         exact = torch.promote_types(dtype, torch.float32)
         weight, x = weight_VD.to(dtype), x_ND.to(dtype)
         loss = torch.zeros((), dtype=exact, device=x_ND.device)
         dx_ND = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
-        chunk = max(1, _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (exact.itemsize * len(weight)))
-        with torch.autocast(device, enabled=False):
+        chunk = max(1, _CHUNK_BYTES.get(x_ND.device.type, _CHUNK_BYTES["cuda"]) // (exact.itemsize * len(weight)))
+        with as_written(x_ND.device):
             for start in range(0, len(x), chunk):
                 here = slice(start, start + chunk)
                 dlogits_CV = _cross_entropy(x[here] @ weight.mT, targets_N[here], loss).to(dtype)

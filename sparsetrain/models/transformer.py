@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, M model dim, V vocabulary.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models.attention import Attention
@@ -62,9 +63,8 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(max_seq_len, config.dim) if config.arch == "gpt2" else None
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
         self.norm = _norm(config)
-        self.head = nn.Linear(config.dim, vocab_size, bias=False)
-        if config.ties_embeddings:
-            self.head.weight = self.embed.weight
+        # Not a shared parameter where tied: sharing does not survive the way from the meta device.
+        self.head = None if config.ties_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
@@ -96,10 +96,10 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x_BTM = layer(x_BTM, rotation, visible)
         x_BTM = self.norm(x_BTM)
+        head_VM = self.embed.weight if self.head is None else self.head.weight
         if targets_BT is None:
-            logits_BTV: Tensor = self.head(x_BTM)
-            return logits_BTV
-        return linear_cross_entropy(x_BTM, self.head.weight, targets_BT)
+            return F.linear(x_BTM, head_VM)
+        return linear_cross_entropy(x_BTM, head_VM, targets_BT)
 
     def _position_ids(self, tokens_BT: Tensor) -> Tensor:
         assert self.positions is not None
