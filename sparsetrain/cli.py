@@ -1,9 +1,11 @@
 """The command line. Each command imports what it needs when it runs, so that a mistake in a YAML is told at once."""
 
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +14,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from sparsetrain.config import DataConfig, RunConfig, dump_config, load_config
+from sparsetrain.config import InvalidConfig, Problem, RunConfig, dump_config, load_config, locate
 from sparsetrain.config.origin import FilePosition
-from sparsetrain.config.problem import InvalidConfig, Problem
 from sparsetrain.errors import ConfigError, SparsetrainError
 
 _OK, _BUG, _MISTAKE, _INTERRUPTED = 0, 1, 2, 130
@@ -66,6 +67,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Changes to the YAML: train.tokens=2M", show_default=False),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the output folder holds.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run that the output folder holds, and start anew.")
+]
 RunFolderPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder: runs/demo", show_default=False)]
 
 
@@ -107,10 +112,8 @@ def train(
         str | None,
         typer.Option(metavar="URL", help="Join this Ray cluster (HOST:PORT or auto) instead of starting one here."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that the output folder holds.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run that the output folder holds, and start anew.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved run as YAML, and exit.")
     ] = False,
@@ -122,50 +125,50 @@ def train(
 
     For example: `sparsetrain train configs/demo.yaml train.tokens=2M cluster.workers=4`
     """
-    if in_process and address is not None:
-        raise ConfigError("--in-process uses no Ray, so --address has no meaning with it; give one of the two")
-    if resume and overwrite:
-        raise ConfigError("--resume keeps what --overwrite deletes; give one of the two")
     ranks = _torchrun_ranks()
     here = in_process or ranks is not None
+    if here and address is not None:
+        raise ConfigError("--in-process and torchrun use no Ray, so --address has no meaning here; give one of the two")
+    on_existing = _on_existing(resume, overwrite)
     run = _load(config, overrides, world_size=(ranks or 1) if here else None)
     if print_config:
         typer.echo(dump_config(run), nl=False)
         return
-    from sparsetrain.training import preflight
-
-    preflight(run)
-    on_existing: Literal["refuse", "resume", "overwrite"] = (
-        "resume" if resume else "overwrite" if overwrite else "refuse"
-    )
-    if here and ranks is None and run.cluster.workers > 1:
+    if in_process and ranks is None and run.cluster.workers > 1:
         typer.echo(f"note: --in-process is one rank; cluster.workers = {run.cluster.workers} is not used")
     if here:
-        from sparsetrain import training
+        from sparsetrain.training import train as train_here
 
-        _watch(partial(training.train, run, on_existing=on_existing, profile=profile))
+        start = partial(train_here, run, on_existing=on_existing, profile=profile)
     else:
         from sparsetrain.cluster import run_on_ray
 
-        _watch(partial(run_on_ray, run, address=address, on_existing=on_existing, profile=profile))
+        start = partial(run_on_ray, run, address=address, on_existing=on_existing, profile=profile)
+    try:
+        _watch(run, (ranks or 1) if here else run.cluster.workers, start)
+    except InvalidConfig as error:
+        raise locate(error, config, overrides or ()) from None
 
 
 @app.command()
 def submit(
     config: ConfigPath,
     address: Annotated[
-        str, typer.Option(metavar="URL", help="The cluster's dashboard: http://HOST:8265", show_default=False)
+        str, typer.Option(metavar="URL", help="The cluster's job server: http://HOST:8265", show_default=False)
     ],
     overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return as soon as the cluster has the job; do not follow its output.")
     ] = False,
 ) -> None:
     """Hand a run to a Ray cluster as a job: this package and the YAML travel with it."""
-    _load(config, overrides)
+    on_existing = _on_existing(resume, overwrite)
+    run = _load(config, overrides)
     from sparsetrain import cluster
 
-    job = cluster.submit(config, address=address, overrides=overrides or (), detach=detach)
+    job = cluster.submit(run, address=address, detach=detach, on_existing=on_existing)
     if detach:
         typer.echo(f"submitted as {job}; follow it with: ray job logs --address {address} --follow {job}")
 
@@ -177,7 +180,7 @@ def evaluate(run: RunFolderPath) -> None:
 
     for phase, result in evaluate_run(run).items():
         typer.echo(
-            f"{phase}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+            f"{phase}: loss {result.loss:.4f}, perplexity {math.exp(result.loss):.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte ({result.num_tokens} held-out tokens)"
         )
 
@@ -195,7 +198,7 @@ def generate(
     from sparsetrain.training import generate_text
 
     text = generate_text(run, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k or None, seed=seed)
-    typer.echo(prompt + text)
+    typer.echo(prompt + "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text))
 
 
 @app.command()
@@ -208,11 +211,8 @@ def data(config: ConfigPath, overrides: Overrides = None) -> None:
 
     with ProgressDisplay(Console()) as display:
         datasets = prepare_datasets(run, on_progress=display.data_progress)
-    shown: set[DataConfig] = set()
     for phase, dataset in zip(run.phases, datasets, strict=True):
-        if phase.data not in shown:
-            shown.add(phase.data)
-            typer.echo("\n".join([f"{phase.name}", *(f"  {line}" for line in describe(dataset)), ""]))
+        typer.echo("\n".join([phase.name, *(f"  {line}" for line in describe(dataset)), ""]))
 
 
 @app.command()
@@ -226,7 +226,14 @@ def doctor() -> None:
 def _load(config: str, overrides: Sequence[str] | None, *, world_size: int | None = None) -> RunConfig:
     if "=" in config and not Path(config).exists():
         raise ConfigError(f"the YAML file comes first, then changes to it such as {config}")
-    return load_config(config, overrides or (), world_size=world_size)
+    with _muted() if _rank() else nullcontext():
+        return load_config(config, overrides or (), world_size=world_size)
+
+
+def _on_existing(resume: bool, overwrite: bool) -> Literal["refuse", "resume", "overwrite"]:
+    if resume and overwrite:
+        raise ConfigError("--resume keeps what --overwrite deletes; give one of the two")
+    return "resume" if resume else "overwrite" if overwrite else "refuse"
 
 
 def _torchrun_ranks() -> int | None:
@@ -238,16 +245,19 @@ def _rank() -> int:
     return int(os.environ["RANK"]) if _torchrun_ranks() is not None else 0
 
 
-def _watch(work: Callable[..., Any]) -> None:
-    """Do `work(reporter=...)` with its events on display, and print the table at the end; on rank 0 only."""
-    if _rank() != 0:
-        work(reporter=None)
-        return
+def _watch(run: RunConfig, world_size: int, start: Callable[..., Any]) -> None:
+    """Check the run, `start(reporter=...)` it, and print the table at the end; only rank 0 shows anything."""
     from sparsetrain.report.final import print_summary
     from sparsetrain.report.plot import plot_loss
+    from sparsetrain.training import preflight
     from sparsetrain.training.events import Event, RunStarted
     from sparsetrain.training.progress import ProgressDisplay
 
+    if _rank() != 0:
+        with _muted():
+            preflight(run, world_size=world_size)
+        start(reporter=None)
+        return
     folders: list[Path] = []
 
     def report(event: Event) -> None:
@@ -257,19 +267,26 @@ def _watch(work: Callable[..., Any]) -> None:
 
     console = Console()
     with ProgressDisplay(console) as display:
-        work(reporter=report)
+        preflight(run, world_size=world_size, on_progress=display.data_progress)
+        start(reporter=report)
     if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
         plot_loss(folders[-1])
         print_summary(folders[-1], console)
 
 
+@contextmanager
+def _muted() -> Iterator[None]:
+    """End without a word on an error of the user's that rank 0 meets and tells, too."""
+    try:
+        yield
+    except SparsetrainError:
+        raise typer.Exit(_MISTAKE) from None
+
+
 def _show_error(error: SparsetrainError) -> None:
-    """Print an error of the user's, once for all ranks."""
-    rank = _rank()
-    if rank and isinstance(error, ConfigError):
-        return  # rank 0 read the same file
+    """Print an error of the user's: for a bad YAML each problem with the line that it is about."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    name = "error: " if _torchrun_ranks() is None else f"error (rank {rank}): "
+    name = f"error (rank {_rank()}): " if _rank() else "error: "
     if not isinstance(error, InvalidConfig):
         console.print(Text(name, "bold red").append(str(error), "default"))
         return

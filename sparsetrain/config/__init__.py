@@ -16,7 +16,7 @@ from sparsetrain.config.data import (
     TokenizerFile,
 )
 from sparsetrain.config.dump import dump_config
-from sparsetrain.config.load import load_config
+from sparsetrain.config.load import load_config, locate
 from sparsetrain.config.model import Attention, DenseAttention, ModelConfig
 from sparsetrain.config.problem import InvalidConfig, Problem
 from sparsetrain.config.run import (
@@ -88,5 +88,6 @@ __all__ = [
     "dump_config",
     "format_count",
     "load_config",
+    "locate",
     "parse_count",
 ]

@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def load_config(
         raise InvalidConfig(str(path), sorted(problems, key=_place))
     assert config is not None
     return config
+
+
+def locate(error: InvalidConfig, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> InvalidConfig:
+    """Tell where in a file, or in which override, the keys stand that a later check has refused.
+
+    Args:
+        error: What a check of the loaded config raised; it knows keys and values only.
+        path: The file that the config was loaded from.
+        overrides: Those it was loaded with.
+    """
+    if all(problem.where is not None for problem in error.problems):
+        return error
+    parsed = apply_overrides(_read_mapping(path), overrides)
+    located = [
+        replace(problem, where=origin_of(problem.path, parsed.origins)) if problem.where is None else problem
+        for problem in error.problems
+    ]
+    return InvalidConfig(str(path), sorted(located, key=_place))
 
 
 def _read_mapping(path: str | os.PathLike[str]) -> Any:

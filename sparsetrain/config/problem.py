@@ -2,15 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Self
 
 import yaml
 
 from sparsetrain.config.origin import KeyPath, OverridePosition, Position, dotted
 from sparsetrain.errors import ConfigError
 
-ABSENT: Any = object()
-"""Stands for the value of a key that was not written."""
+
+class Absent(Enum):
+    """Stands for the value of a key that was not written; an enum, so that it stays itself between processes."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
 
 _SHOWN_CHARACTERS = 48
 
@@ -41,6 +48,9 @@ class InvalidConfig(ConfigError):
         super().__init__("\n".join([f"{name} has {count}", "", *map(str, problems)]))
         self.name = name
         self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, tuple[Problem, ...]]]:
+        return type(self), (self.name, self.problems)
 
 
 def show(value: Any) -> str:

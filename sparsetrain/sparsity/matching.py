@@ -11,8 +11,8 @@ from math import prod
 
 from torch import nn
 
-from sparsetrain.config.sparsity import SparsityRule
-from sparsetrain.errors import ConfigError
+from sparsetrain.config import InvalidConfig, Problem, SparsityRule
+from sparsetrain.config.origin import KeyPath
 from sparsetrain.sharding import canonical_name
 from sparsetrain.sparsity.patterns import pattern_of
 
@@ -72,7 +72,7 @@ def match_rules(
     Args:
         rules: In order of precedence.
         parameters: From `describe_parameters`.
-        key: Where the rules stand in the config, for messages.
+        key: Where the rules stand in the config, for messages: `train.phases.0.sparsity`.
 
     Returns:
         The parameters of each rule, sorted by name, which is the order in which ties between weights are broken.
@@ -87,24 +87,32 @@ def match_rules(
             if any(_owns(glob, parameter) for glob in rule.params):
                 mine.append(parameter)
                 break
-    problems = []
-    for at, (rule, mine) in enumerate(zip(rules, owned, strict=True)):
-        unmatched = [
-            f"{key}[{at}].params[{place}]: {_why_nothing(glob, parameters)}"
-            for place, glob in enumerate(rule.params)
-            if not any(_owns(glob, parameter) for parameter in parameters)
-        ]
-        problems += unmatched
-        if not mine and not unmatched:
-            problems.append(
-                f"{key}[{at}].params: every weight that {', '.join(rule.params)} matches belongs to an earlier rule; "
-                "put this rule before it or remove it"
-            )
-        misfits = (pattern_of(rule).misfit(parameter.name, parameter.shape) for parameter in mine)
-        problems += [f"{key}[{at}].pattern: {misfit}" for misfit in misfits if misfit]
+    where = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    problems = [
+        problem
+        for at, (rule, mine) in enumerate(zip(rules, owned, strict=True))
+        for problem in _problems(rule, (*where, at), mine, parameters)
+    ]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise InvalidConfig(key, problems)
     return owned
+
+
+def _problems(rule: SparsityRule, where: KeyPath, mine: list[Parameter], every: list[Parameter]) -> list[Problem]:
+    """What is wrong with a rule that owns `mine` of the model's parameters."""
+    problems = [
+        Problem((*where, "params", place), _why_nothing(glob, every), value=glob)
+        for place, glob in enumerate(rule.params)
+        if not any(_owns(glob, parameter) for parameter in every)
+    ]
+    if not mine and not problems:
+        message = "every weight that it matches belongs to an earlier rule; put this rule before it or remove it"
+        problems.append(Problem((*where, "params"), message, value=list(rule.params)))
+    misfits = list(filter(None, (pattern_of(rule).misfit(parameter.name, parameter.shape) for parameter in mine)))
+    if misfits:
+        others = f" ({len(misfits) - 1} other weights do not fit either)" if len(misfits) > 1 else ""
+        problems.append(Problem((*where, "pattern"), misfits[0] + others, value=rule.pattern))
+    return problems
 
 
 def _owns(glob: str, parameter: Parameter) -> bool:
@@ -125,12 +133,13 @@ def _last_part(name: str) -> str:
 def _why_nothing(glob: str, parameters: Sequence[Parameter]) -> str:
     names = [name for parameter in parameters for name in (parameter.name, *parameter.aliases)]
     spared = [name for name in names if _matches(glob, name, dense_by_default=False)]
+    spared.sort(key=lambda name: not name.endswith(".weight"))
     if spared:
         return (
-            f"{glob!r} matches only embeddings, norms, biases or the head (such as {spared[0]}), which stay dense "
+            f"matches only embeddings, norms, biases or the head (such as {spared[0]}), which stay dense "
             f"unless the glob's last part spells theirs: '*.{_last_part(spared[0])}'"
         )
     stems = {name.removesuffix(".weight"): name for name in names}
     near = get_close_matches(glob.removesuffix(".weight"), stems, n=1, cutoff=0.0)
     hint = f"; the nearest name is {stems[near[0]]}" if near else "; the model has no parameters"
-    return f"{glob!r} matches no parameter{hint}"
+    return f"matches no parameter{hint}"

@@ -1,5 +1,6 @@
 """What is wrong with the values of a config, in the words that a person reads."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.config import InvalidConfig, ModelConfig, RunConfig, SparsityRule, load_config
+from sparsetrain.config import InvalidConfig, ModelConfig, Problem, RunConfig, SparsityRule, load_config, locate
 from sparsetrain.config.origin import FilePosition
 
 Mistakes = Callable[..., list[str]]
@@ -316,6 +317,31 @@ def test_sections_made_in_python_explain_themselves_too() -> None:
         "",
         "method = prunee: expected one of static, prune; did you mean prune?",
         "sparsity = 2: must be below 1.0",
+    ]
+
+
+def test_an_error_survives_the_way_from_a_worker(smallest: Path) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        load_config(smallest, ["model.num_head=3", "seed=-1"])
+
+    again = pickle.loads(pickle.dumps(caught.value))
+
+    assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
+
+
+def test_a_later_check_is_told_where_its_keys_stand(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    here = Problem(("sparsity", 0, "params", 0), "matches nothing", value="*.ffn.*")
+    there = Problem(("model", "dim"), "too wide", value=16)
+
+    located = locate(InvalidConfig("run", [there, here]), path, ["model.dim=16"])
+
+    assert str(located).replace(str(path), "run.yaml").splitlines() == [
+        "run.yaml has 2 problems",
+        "",
+        "run.yaml:7: sparsity.0.params.0 = '*.ffn.*': matches nothing",
+        "override model.dim=16: too wide",
     ]
 
 
