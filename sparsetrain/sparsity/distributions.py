@@ -8,28 +8,35 @@ remainder to the weights that lost the largest fractions, earlier ones first.
 from collections.abc import Sequence
 from math import floor, prod
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 
 def num_kept(size: int, sparsity: float) -> int:
     """Units kept of `size` at a sparsity: all but ⌊s·n + 1/2⌋."""
     return size - floor(sparsity * size + 0.5)
 
 
-def erk_densities(shapes: Sequence[tuple[int, ...]], sparsity: float) -> list[float]:
+def erk_densities(shapes: Sequence[tuple[int, ...]], sparsity: ArrayLike) -> NDArray[np.float64]:
     """Erdős–Rényi-kernel densities: density_l = min(1, ε·Σdims/Πdims), with ε such that the total is 1 − sparsity.
 
-    Evci et al., arXiv 1911.11134; weights that would exceed 1 are dense, and ε is solved again over the others.
+    Evci et al., arXiv 1911.11134. What is kept over all weights, Σ min(Πdims, ε·Σdims), is a line in ε that bends
+    where a weight becomes dense; solving it between two bends is what freezing dense weights and solving again finds.
+
+    Args:
+        shapes: Of the weights.
+        sparsity: Over all weights; a number or an array of any shape [...].
+
+    Returns:
+        [..., weight].
     """
-    sizes = [prod(shape) for shape in shapes]
-    dense: set[int] = set()
-    while len(dense) < len(shapes):
-        sparse = [at for at in range(len(shapes)) if at not in dense]
-        target = (1 - sparsity) * sum(sizes) - sum(sizes[at] for at in dense)
-        epsilon = target / sum(sum(shapes[at]) for at in sparse)
-        above = {at for at in sparse if epsilon * sum(shapes[at]) > sizes[at]}
-        if not above:
-            return [1.0 if at in dense else epsilon * sum(shapes[at]) / sizes[at] for at in range(len(shapes))]
-        dense |= above
-    return [1.0] * len(shapes)
+    sizes = np.array([prod(shape) for shape in shapes], dtype=np.float64)
+    dims = np.array([sum(shape) for shape in shapes], dtype=np.float64)
+    bends = np.sort([0.0, *(sizes / dims)])
+    kept = np.minimum(sizes, bends[:, None] * dims).sum(1)
+    epsilon = np.interp((1 - np.asarray(sparsity)) * sizes.sum(), kept, bends)
+    densities: NDArray[np.float64] = np.minimum(1.0, np.multiply.outer(epsilon, dims / sizes))
+    return densities
 
 
 def keep_uniform(sizes: Sequence[int], sparsity: float, available: Sequence[int]) -> list[int]:
@@ -48,7 +55,7 @@ def keep_erk(
         sparsity: Over all weights.
         available: The most that each weight can keep.
     """
-    wanted = [density * size for density, size in zip(erk_densities(shapes, sparsity), sizes, strict=True)]
+    wanted = (erk_densities(shapes, sparsity) * sizes).tolist()
     keep = [min(floor(share), most) for share, most in zip(wanted, available, strict=True)]
     missing = keep_global(sizes, sparsity, available) - sum(keep)
     order = sorted(range(len(sizes)), key=lambda at: (floor(wanted[at]) - wanted[at], at))

@@ -6,9 +6,9 @@ a fixed point, solved by iteration. For one geometric rule over all compute from
 [.25ρ, 1 − .25ρ/(1−S)] in steps.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from sparsetrain.sparsity.matching import Parameter, match_rules
 from sparsetrain.sparsity.schedules import Timetable, anchors, changes, timetable
 
 _ROUNDS = 200
+_CLOSE_ENOUGH = 0.01
+"""Steps."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ class _Owned:
     initial: NDArray[np.float64]
     """Density of each weight when the phase begins."""
 
-    def rate(self, sparsity: float) -> float:
-        """FLOPs per token at a sparsity. A global threshold is planned as if it fell evenly on all weights."""
+    def rate(self, sparsities: Sequence[float]) -> NDArray[np.float64]:
+        """FLOPs per token at each sparsity. A global threshold is planned as if it fell evenly on all weights."""
+        levels = np.array(sparsities)
         if isinstance(self.rule.distribution, ErdosRenyiKernel):
-            density = np.array(erk_densities(self.shapes, sparsity))
+            densities = erk_densities(self.shapes, levels)
         else:
-            density = np.full(len(self.shapes), 1 - sparsity)
-        return float(self.flops @ np.minimum(density, self.initial))
+            densities = 1 - levels[:, None]
+        return np.minimum(densities, self.initial) @ self.flops
 
 
 def plan_timetables(
@@ -91,12 +94,19 @@ def plan_timetables(
         for rule, mine in zip(rules, owned, strict=True)
     ]
     places = [[fraction * total_steps for fraction in row] for row in fractions]
+    share, last = 0.5, math.inf
     for _ in range(_ROUNDS):
-        before, places = places, _place(fractions, places, weights, costs.fixed_flops_per_token, tokens)
-        moved = [abs(a - b) for old, new in zip(before, places, strict=True) for a, b in zip(old, new, strict=True)]
-        if max(moved) < 1e-6:
+        aim = _place(fractions, places, weights, costs.fixed_flops_per_token, tokens)
+        moves = [[a - b for a, b in zip(new, old, strict=True)] for new, old in zip(aim, places, strict=True)]
+        farthest = max(abs(move) for row in moves for move in row)
+        if share * farthest < _CLOSE_ENOUGH:
             break
-    return [timetable(rule, [floor(place + 0.5) for place in row]) for rule, row in zip(rules, places, strict=True)]
+        # Go part of the way, and less of it whenever that overshoots: at high sparsity the whole way never settles.
+        share, last = share * (0.8 if farthest > 0.9 * last else 1.0), farthest
+        places = [[at + share * move for at, move in zip(*row, strict=True)] for row in zip(places, moves, strict=True)]
+    return [
+        timetable(rule, [math.floor(place + 0.5) for place in row]) for rule, row in zip(rules, places, strict=True)
+    ]
 
 
 def planned_densities(
@@ -144,7 +154,7 @@ def _place(
     seen = np.interp(times, np.arange(total_steps + 1), tokens)
     rates = np.full(len(times) - 1, fixed)
     for one, row in zip(weights, by_rule, strict=True):
-        levels = np.array([one.rate(0.0), *(one.rate(level) for _, level in row)])
+        levels = one.rate([0.0, *(level for _, level in row)])
         rates += levels[np.searchsorted([step for step, _ in row], times[:-1], side="right")]
     if not rates.any():
         rates[:] = 1.0  # nothing that is known costs anything: count tokens
