@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.config import format_count, parse_count
@@ -8,11 +8,13 @@ from sparsetrain.config.units import divisors_near
 UNITS = {"k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
+@settings(deadline=None)
 @given(number=st.integers(0, 10**9), unit=st.sampled_from(sorted(UNITS)), space=st.sampled_from(["", " "]))
 def test_a_whole_number_with_a_unit_is_exact(number: int, unit: str, space: str) -> None:
     assert parse_count(f"{number}{space}{unit}") == number * UNITS[unit]
 
 
+@settings(deadline=None)
 @given(thousandths=st.integers(0, 10**9), unit=st.sampled_from(["k", "M", "B", "T"]))
 def test_decimals_of_a_power_of_ten_are_exact(thousandths: int, unit: str) -> None:
     assert parse_count(f"{thousandths // 1000}.{thousandths % 1000:03d}{unit}") == thousandths * UNITS[unit] // 1000
