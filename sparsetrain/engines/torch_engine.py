@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import NOT_COUNTED, Batch
+from sparsetrain.engines.optimizer import build_optimizer
 from sparsetrain.models import Transformer, initialize_
 from sparsetrain.parallel import World, parallelize_data
-from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, weight_shards
-from sparsetrain.engines.optimizer import build_optimizer
+from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, reshard, weight_shards
 
 
 class TorchEngine:
@@ -67,6 +67,7 @@ class TorchEngine:
     def use_optimizer(self, config: OptimizerConfig, *, keep_state: bool) -> None:
         """Begin a phase: new hyperparameters, and Adam's moments and step count kept or forgotten."""
         state = self._optimizer.state
+        reshard(self._module)  # the optimizer is built on the sharded parameters
         self._optimizer = build_optimizer(self._module, config, self._world.device)
         if keep_state:
             self._optimizer.state = state

@@ -2,7 +2,7 @@
 
 from sparsetrain.sharding.flat import FlatPartition
 from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
-from sparsetrain.sharding.parameters import weight_shards
+from sparsetrain.sharding.parameters import reshard, weight_shards
 from sparsetrain.sharding.shard import Rectangle, WeightShard, canonical_name
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "canonical_name",
     "clip_grads_",
     "global_grad_norm",
+    "reshard",
     "weight_shards",
 ]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list
     Raises:
         ShardingError: A parameter is laid out in a way that is not a box of the global weight.
     """
+    reshard(module)
     moments = _moments_reader(optimizer)
     replica_rank = dist.get_rank(module.process_group) if isinstance(module, nn.parallel.DistributedDataParallel) else 0
     return [
@@ -33,6 +35,13 @@ def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list
         else _plain_shard(canonical_name(name), parameter, moments, replica_rank)
         for name, parameter in module.named_parameters()
     ]
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of gathered parameters: after a mere evaluation a `fully_shard`ed module still has some in place."""
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
 
 
 def _plain_shard(name: str, parameter: Tensor, moments: "_Moments", replica_rank: int) -> WeightShard:

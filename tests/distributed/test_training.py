@@ -1,0 +1,136 @@
+"""Training over ranks against training in one process: losses, norms, masks, weights and moments, in every layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from sparsetrain.checkpoint import list_checkpoints
+from sparsetrain.config import RunConfig
+from sparsetrain.testing import assert_close, run_distributed
+from sparsetrain.training import train
+from tests.training_runs import rows_of, tiny_config, write_corpus
+
+LAYOUTS = {
+    "ddp": {},
+    "full": {"parallel__shard": "full"},
+    "hybrid": {"parallel__shard": "full", "parallel__shard_size": 2},
+}
+
+
+def train_layouts(folder: Path, names: list[str]) -> None:
+    for name in names:
+        train(layout(folder, name))
+
+
+def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
+    return tiny_config(folder, output=str(folder / name), checkpoint__keep=20, **LAYOUTS[name], **changes)
+
+
+def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
+    """Every weight, moment and mask of a run's last checkpoint, whole."""
+    tensors: dict[str, torch.Tensor] = {}
+    checkpoint = list_checkpoints(output / "checkpoints")[-1]
+    _load_state_dict(
+        tensors, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    write_corpus(folder / "corpus")
+    train(tiny_config(folder, output=str(folder / "alone"), checkpoint__keep=20))
+    return folder
+
+
+@pytest.mark.parametrize(("world_size", "names"), [(2, ["ddp", "full"]), (4, ["ddp", "full", "hybrid"])])
+def test_every_layout_trains_as_one_process_does(one_process: Path, world_size: int, names: list[str]) -> None:
+    folder = one_process
+    ranked = folder / str(world_size)
+    ranked.mkdir()
+    (ranked / "corpus").symlink_to(folder / "corpus")
+    run_distributed(train_layouts, world_size, ranked, names, timeout_s=120)
+    expected = rows_of(folder / "alone")
+    tensors = saved_tensors(folder / "alone")
+    assert len(expected) == 12
+    for name in names:
+        rows = rows_of(ranked / name)
+        for row, oracle in zip(rows, expected, strict=True):
+            assert row["density"] == oracle["density"], name
+            assert row["loss"] == pytest.approx(oracle["loss"], rel=2e-5), (name, row["step"])
+            assert row["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-3), (name, row["step"])
+        found = saved_tensors(ranked / name)
+        assert found.keys() == tensors.keys()
+        assert any(key.startswith("optimizer/") for key in found)
+        for key, tensor in tensors.items():
+            assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a rank in the middle of a run."""
+
+
+def train_interrupted(folder: Path, names: list[str]) -> None:
+    """Every rank stops inside step 7, two steps after a checkpoint, as a group does when one of its processes dies."""
+    for name in names:
+        with pytest.raises(Interrupted):
+            train_until(layout(folder, name), step=7)
+
+
+def train_until(config: RunConfig, step: int) -> None:
+    from sparsetrain.training import loop
+
+    genuine = loop.train_step
+
+    def stopping(*args: Any) -> Any:
+        result = genuine(*args)
+        if args[5].step == step:
+            raise Interrupted
+        return result
+
+    loop.train_step = stopping
+    try:
+        train(config)
+    finally:
+        loop.train_step = genuine
+
+
+def resume_layouts(folder: Path, names: list[str]) -> None:
+    for name in names:
+        train(layout(folder, name), on_existing="resume")
+
+
+def test_interrupted_ranks_go_on_bitwise(one_process: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    for folder in ("whole", "broken"):
+        (tmp_path / folder / "corpus").symlink_to(one_process / "corpus")
+    names = ["ddp", "full"]
+    run_distributed(train_layouts, 2, tmp_path / "whole", names, timeout_s=120)
+    run_distributed(train_interrupted, 2, tmp_path / "broken", names, timeout_s=120)
+    run_distributed(resume_layouts, 2, tmp_path / "broken", names, timeout_s=120)
+    for name in names:
+        whole, broken = rows_of(tmp_path / "whole" / name), rows_of(tmp_path / "broken" / name)
+        for key in ("loss", "grad_norm", "density"):
+            assert [row[key] for row in broken] == [row[key] for row in whole], (name, key)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(one_process: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").symlink_to(one_process / "corpus")
+    config = layout(tmp_path, "ddp")
+    with pytest.raises(Interrupted):
+        train_until(config, step=7)
+    run_distributed(resume_as_sharded, 2, tmp_path, timeout_s=120)
+    expected = [row["loss"] for row in rows_of(one_process / "alone")]
+    assert [row["loss"] for row in rows_of(config.output)] == pytest.approx(expected, rel=2e-5)
+
+
+def resume_as_sharded(folder: Path) -> None:
+    config = layout(folder, "full").model_copy(update={"output": str(folder / "ddp")})
+    train(config, on_existing="resume")
