@@ -178,8 +178,8 @@ def load_and_save(root: Path) -> list[float]:
 @pytest.mark.slow
 def test_any_layout_and_number_of_ranks_loads_at_any_other(tmp_path):
     save_all(tmp_path)
-    run_distributed(load_and_save, 4, tmp_path, timeout_s=100)
-    run_distributed(load_and_save, 2, tmp_path, timeout_s=100)
+    run_distributed(load_and_save, 4, tmp_path, timeout_s=150)
+    run_distributed(load_and_save, 2, tmp_path, timeout_s=150)
     load_everything(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1 + 5 + 4
 
@@ -247,13 +247,13 @@ def draw_twice(root: Path) -> tuple[float, float]:
 
 
 def test_a_failure_of_one_rank_is_everyones_and_random_numbers_go_on_at_any_number_of_ranks(tmp_path):
-    first, second = run_distributed(fail_and_draw, 2, tmp_path)
+    first, second = run_distributed(fail_and_draw, 2, tmp_path, timeout_s=120)
     assert first[0] == second[0]
     full, cut_short = first[0]
     assert "File too large" in full
     assert full.endswith("(rank 1)")
     assert "__1_0.distcp: damaged: 100 bytes instead of" in cut_short
-    again = run_distributed(draw_twice, 3, tmp_path)
+    again = run_distributed(draw_twice, 3, tmp_path, timeout_s=120)
     assert [pair[0] for pair in again[:2]] == [first[1], second[1]]
     assert all(pair[0] == pair[1] for pair in again)
     assert len({pair[0] for pair in again}) == 3

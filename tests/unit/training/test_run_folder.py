@@ -16,6 +16,7 @@ from sparsetrain.parallel import World
 from sparsetrain.training.folder_lock import FolderLock
 from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.run_folder import RunFolder
+from sparsetrain.training.state import PhaseTotals, RunState
 
 ONE_RANK = World(0, 1, torch.device("cpu"))
 YAML = """
@@ -243,3 +244,12 @@ def test_too_little_room_for_checkpoints_is_found_beforehand(make_config, output
         folder.check_space(1_000_000, keep=2)
         with pytest.raises(RunFolderError, match=r"are free on its disk, and checkpoint\.keep=2 needs room for 3"):
             folder.check_space(10**15, keep=2)
+
+
+def test_finishing_writes_the_summary_that_it_returns(make_config, trained):
+    with RunFolder.open(make_config(), "resume", ONE_RANK) as folder:
+        state = RunState.fresh(num_phases=1)
+        state.totals[0] = PhaseTotals(tokens=1200, steps=2, seconds=4.0)
+        summary = folder.finish(make_config(), state, peak_flops=1.0, density=0.5, sample="text")
+    assert (summary["tokens"], summary["tokens_per_s"], summary["density"]) == (1200, 300.0, 0.5)
+    assert json.loads((trained / "summary.json").read_text()) == json.loads(json.dumps(summary))
