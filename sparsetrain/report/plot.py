@@ -123,8 +123,9 @@ def _draw(run: _Run) -> "Figure":
     # matplotlib takes most of a second to import, and pyplot would keep state that is not ours.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9.6, 5.4), dpi=150, layout=ConstrainedLayoutEngine(h_pad=0.1), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, phase in enumerate(run.phases):

@@ -218,11 +218,10 @@ class PlainView:
 
 def describe_run(run: RunStarted) -> str:
     """What is trained, on what, and where it is kept."""
-    ranks = f"{run.world_size} rank{'' if run.world_size == 1 else 's'} on {run.device}"
     facts = [
         f"{scaled(run.num_parameters)} parameters",
         f"{scaled(run.total_tokens)} tokens",
-        f"{ranks}, {quantity(run.matmul_peak_flops, 'FLOP/s')}",
+        f"{run.device} at {quantity(run.matmul_peak_flops, 'FLOP/s')}",
         run.folder,
     ]
     if run.resumed_from_step is not None:

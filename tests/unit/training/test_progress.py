@@ -83,7 +83,7 @@ def run_started(**changes: object) -> RunStarted:
         "num_parameters": 3_420_160,
         "total_tokens": TOTAL_TOKENS,
         "world_size": 2,
-        "device": "cpu",
+        "device": "torch, replicated over 2 ranks, bf16, cpu",
         "matmul_peak_flops": 190e9,
     }
     return RunStarted(**{**facts, **changes})
@@ -127,7 +127,7 @@ def test_log_has_one_line_without_control_codes_for_each_kind_of_event(log):
     log.clock.now += 75
     log.show(RunFinished({}))
     assert log.lines == [
-        "demo: 3.42M parameters · 100k tokens · 2 ranks on cpu, 190 GFLOP/s · runs/demo",
+        "demo: 3.42M parameters · 100k tokens · torch, replicated over 2 ranks, bf16, cpu at 190 GFLOP/s · runs/demo",
         "phase 1 of 2, sparse: summary of sparse",
         "held out at step 0: 3.464 bits/byte · loss 2.401 · perplexity 11.0",
         "step 1 (0 %): loss 2.346, tok/s 23.1k, MFU 41.2 %, density 0.582, lr 5.2e-04, grad norm 0.61",
