@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 _ROWS = 4096
-_CPU_WIDTHS = (256, 512, 1024, 2048)
+_CPU_WIDTHS = (128, 256, 512, 1024, 2048)
 _CPU_BUDGET_S = 0.5
 _GPU_WIDTHS = (1024, 2048, 4096, 8192)
 _GPU_BUDGET_S = 0.2
