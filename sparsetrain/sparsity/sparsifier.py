@@ -23,7 +23,6 @@ _KEEPS_ZEROS = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
     torch.optim.Adam,
-    torch.optim.Adamax,
     torch.optim.AdamW,
     torch.optim.NAdam,
     torch.optim.RAdam,
@@ -179,18 +178,19 @@ class Sparsifier:
         """
         self.step += 1
         self._gradients_are_masked = False
-        changed = False
-        for method, weights in zip(self._methods, self._weights, strict=True):
-            if not self._hold and method.is_due(self.step):
-                update_masks(weights, method.next_masks(weights, self.step))
-                changed = True
-        if changed:
-            self._zero_everything()
-            return
         for weight in self._zeroed_in_parameter():
-            weight.zero_weight()
+            weight.zero_weight()  # before masks are chosen: an optimizer may have left 0/0 there
             if self._zeroes_moments_each_step:
                 weight.zero_moments()
+        due = [
+            (method, weights)
+            for method, weights in zip(self._methods, self._weights, strict=True)
+            if not self._hold and method.is_due(self.step)
+        ]
+        for method, weights in due:
+            update_masks(weights, method.next_masks(weights, self.step))
+        if due:
+            self._zero_everything()
 
     @property
     def numel(self) -> int:
