@@ -1,15 +1,30 @@
-"""Everything that talks to Ray: training on a local Ray or a cluster, and handing runs to a cluster as jobs."""
+"""Everything that talks to Ray: training on a local Ray or a cluster, and handing runs to a cluster as jobs.
 
+Names are imported when they are first used: the processes that Ray starts need only a part of this.
+"""
+
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from sparsetrain.errors import ClusterError
 
-if importlib.util.find_spec("ray") is None:
-    raise ClusterError(
-        "Ray is not installed. Install it with `pip install 'sparsetrain[ray]'`, or train without it: --in-process."
-    )
-
-from sparsetrain.cluster.submit import submit
-from sparsetrain.cluster.trainer import run_on_ray
+if TYPE_CHECKING:
+    from sparsetrain.cluster.submit import submit
+    from sparsetrain.cluster.trainer import run_on_ray
 
 __all__ = ["run_on_ray", "submit"]
+
+_HOME = {"run_on_ray": "sparsetrain.cluster.trainer", "submit": "sparsetrain.cluster.submit"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsetrain.cluster' has no attribute {name!r}")
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError(
+            "Ray is not installed. Install it with `pip install 'sparsetrain[ray]'`, or train without it: --in-process."
+        )
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value  # from now on Python finds it without asking
+    return value

@@ -1,6 +1,6 @@
-"""Events from rank 0 to the driver: a small actor in between, a queue and a thread on the side of the training loop."""
+"""Events from rank 0 to the driver: a queue and a thread on the side of the training loop, and an actor in between."""
 
-import asyncio
+import pickle
 import queue
 import threading
 from collections.abc import Sequence
@@ -8,48 +8,28 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sparsetrain.cluster.hub import EventHub
 from sparsetrain.training.events import Event, StepDone
 
 _BATCH_EVERY_S = 0.2
 
 
-class EventHub:
-    """Actor that holds events until the driver takes them."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Any] = []
-        self._arrived = asyncio.Event()
-        self._num_steps = 0
-
-    async def put(self, events: Sequence[Any]) -> None:
-        """Append events."""
-        self._waiting.extend(events)
-        self._num_steps += sum(isinstance(event, StepDone) for event in events)
-        self._arrived.set()
-
-    async def take(self, timeout_s: float) -> list[Any]:
-        """All events since the last call; waits up to `timeout_s` seconds for the first."""
-        if not self._waiting and timeout_s > 0:
-            try:
-                await asyncio.wait_for(self._arrived.wait(), timeout_s)
-            except TimeoutError:
-                return []
-        taken, self._waiting = self._waiting, []
-        self._arrived.clear()
-        return taken
-
-    async def num_steps(self) -> int:
-        """Optimizer steps seen so far, over all groups."""
-        return self._num_steps
-
-
 def start_hub() -> Any:
     """Start the actor on the driver's node; it needs no CPU and ends with the driver."""
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(EventHub).options(scheduling_strategy=here).remote()
+
+
+def put_events(hub: Any, events: Sequence[Any]) -> None:
+    """Hand events to the actor and wait until it has them."""
+    ray.get(hub.put.remote(pickle.dumps(list(events)), sum(isinstance(event, StepDone) for event in events)))
+
+
+def take_events(hub: Any, timeout_s: float) -> list[Any]:
+    """All events since the last call; waits up to `timeout_s` seconds for the first."""
+    return [event for batch in ray.get(hub.take.remote(timeout_s)) for event in pickle.loads(batch)]
 
 
 class EventSender:
@@ -86,4 +66,4 @@ class EventSender:
         while not self._events.empty():
             gathered.append(self._events.get())
         if gathered:
-            ray.get(self._hub.put.remote(gathered))
+            put_events(self._hub, gathered)

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 from ray.train.v2.api.callback import UserCallback
 
+from sparsetrain.cluster.events import put_events
 from sparsetrain.errors import SparsetrainError
 
 MAX_RANKS_SHOWN = 6
@@ -100,7 +101,7 @@ class FailurePolicy(UserCallback):  # type: ignore[misc]  # Ray is untyped
         if failure.cause is Cause.RAISED and (steps == self._steps_before or failure == self._failure_before):
             raise RestartUseless(failed)
         self._steps_before, self._failure_before = steps, failure
-        ray.get(self._hub.put.remote([failed]))
+        put_events(self._hub, [failed])
 
 
 def describe(error: Exception) -> RankFailure:

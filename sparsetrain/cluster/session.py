@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 
-import psutil  # comes with Ray
-import ray
+import ray  # isort: skip  # it has psutil in a folder of its own, and adds that to the path
+import psutil  # isort: skip
 
 from sparsetrain.cluster.paths import in_ray_job
 from sparsetrain.cluster.resources import Request
 from sparsetrain.errors import ClusterError
 
 LOCAL = "local"
+AUTO = "auto"
 
 _CONNECT_TIMEOUT_S = 3.0
 _END_TIMEOUT_S = 5.0
@@ -38,7 +39,7 @@ def resolve_address(argument: str | None, configured: str, environ: Mapping[str,
         ClusterError: The address is of a kind that training cannot use.
     """
     from_environment = environ.get("RAY_ADDRESS")
-    joined = (from_environment or "auto") if in_ray_job(environ) else None
+    joined = (from_environment or AUTO) if in_ray_job(environ) else None
     address = argument or joined or (configured if configured != LOCAL else None) or from_environment or LOCAL
     if address.startswith(("http://", "https://")):
         raise ClusterError(
@@ -130,8 +131,6 @@ def _local_ray(request: Request, env_vars: Mapping[str, str]) -> Iterator[None]:
 
 
 def _join(address: str, env_vars: Mapping[str, str]) -> None:
-    if address != "auto":
-        check_reachable(address)
     try:
         _init(env_vars, address=address)
     except Exception as error:
@@ -150,11 +149,13 @@ def check_reachable(address: str) -> None:
     """Refuse an address that nobody listens on.
 
     Args:
-        address: host:port.
+        address: host:port; `local` and `auto` are not looked at.
 
     Raises:
         ClusterError: Not of that form, or no connection within three seconds.
     """
+    if address in (LOCAL, AUTO):
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"{address} is not a Ray address: expected host:port, auto or local.")

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
@@ -17,12 +16,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from sparsetrain.checkpoint import latest_checkpoint, step_of
-from sparsetrain.cluster.events import start_hub
+from sparsetrain.cluster.events import start_hub, take_events
 from sparsetrain.cluster.failures import FailurePolicy, GroupFailed, RestartUseless, describe, restart_notice, summary
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths, in_ray_job, job_output_root
 from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
-from sparsetrain.cluster.session import LOCAL, environment, ray_session, resolve_address
+from sparsetrain.cluster.session import LOCAL, check_reachable, environment, ray_session, resolve_address
 from sparsetrain.cluster.worker import WorkerTask, run_worker
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError, SparsetrainError
@@ -79,11 +78,14 @@ def run_on_ray(
     request = Request.from_config(config.cluster)
     if address == LOCAL:
         check_machine(request)
+    check_reachable(address)
     config = _with_absolute_paths(config, report)
     preflight(config, on_progress=lambda stage, done, total: report(DataProgress(stage, done, total)))
     with contextlib.ExitStack() as stack:
         if on_existing != "overwrite":
             folder = stack.enter_context(RunFolder.open(config, on_existing, None))
+        where = "a local Ray" if address == LOCAL else f"the Ray cluster at {address}"
+        report(Notice(f"starting {request.workers} workers on {where}"))
         stack.enter_context(environment(_driver_environment(config, address)))
         stack.enter_context(ray_session(address, request, env_vars=_PROCESS_ENVIRONMENT))
         if address != LOCAL:
@@ -156,7 +158,7 @@ class _Run:
         return max(1, int(self._config.cluster.cpus_per_worker))
 
     def _pass_on(self, timeout_s: float) -> None:
-        for event in ray.get(self._hub.take.remote(timeout_s)):
+        for event in take_events(self._hub, timeout_s):
             if isinstance(event, GroupFailed):
                 self._tell_restart(event)
             else:

@@ -70,21 +70,21 @@ def rank_failure(text: str) -> RankFailure:
 
 
 class FakeHub:
-    """Stands in for the actor's handle: every method has a `remote`."""
+    """Stands in for the actor's handle."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.events: list[Any] = []
-        self.num_steps = self.put = self
+        self.num_steps = self
 
-    def remote(self, events: list[Any] | None = None) -> int:
-        self.events += events or []
+    def remote(self) -> int:
         return self.steps
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     monkeypatch.setattr(failures.ray, "get", lambda value: value)
+    monkeypatch.setattr(failures, "put_events", lambda hub, events: hub.events.extend(events))
     return FakeHub()
 
 
