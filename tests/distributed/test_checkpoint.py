@@ -30,6 +30,8 @@ from sparsetrain.errors import CheckpointError
 from sparsetrain.sharding import FlatPartition, WeightShard, weight_shards
 from sparsetrain.testing import run_distributed
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("checkpoint")]
+
 MASKED = ("0.weight", "2.weight", "2.bias")
 Model = tuple[list[WeightShard], torch.optim.Optimizer]
 
@@ -169,21 +171,6 @@ def check_load(folder: Path, shards: list[WeightShard], optimizer: torch.optim.O
     assert set(checkpoint.masks) == set(MASKED)
 
 
-def load_and_save(root: Path) -> list[float]:
-    load_everything(root)
-    save_all(root)
-    return []
-
-
-@pytest.mark.slow
-def test_any_layout_and_number_of_ranks_loads_at_any_other(tmp_path):
-    save_all(tmp_path)
-    run_distributed(load_and_save, 4, tmp_path, timeout_s=150)
-    run_distributed(load_and_save, 2, tmp_path, timeout_s=150)
-    load_everything(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1 + 5 + 4
-
-
 def failures(root: Path) -> list[str]:
     """What each attempt says, on this rank."""
     shards, _ = ddp()
@@ -238,22 +225,58 @@ def draws(root: Path, *, first: bool) -> float:
     return torch.rand(()).item()
 
 
-def fail_and_draw(root: Path) -> tuple[list[str], float]:
-    return failures(root / "failing"), draws(root / "random", first=True)
+@dataclass(frozen=True)
+class Rank:
+    """What one rank has to say."""
+
+    failures: list[str]
+    draws: list[float]
 
 
-def draw_twice(root: Path) -> tuple[float, float]:
-    return draws(root / "random", first=False), draws(root / "random", first=False)
+def two_ranks(root: Path) -> Rank:
+    load_everything(root / "layouts")
+    save_all(root / "layouts")
+    return Rank(failures(root / "failing"), [draws(root / "random", first=True)])
 
 
-def test_a_failure_of_one_rank_is_everyones_and_random_numbers_go_on_at_any_number_of_ranks(tmp_path):
-    first, second = run_distributed(fail_and_draw, 2, tmp_path, timeout_s=120)
-    assert first[0] == second[0]
-    full, cut_short = first[0]
+def four_ranks(root: Path) -> Rank:
+    load_everything(root / "layouts")
+    save_all(root / "layouts")
+    return Rank([], [draws(root / "random", first=False) for _ in range(2)])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def ranks(root) -> dict[int, list[Rank]]:
+    """Save at 1 rank, load and save at 2, load and save at 4: each loads all that was saved before it."""
+    save_all(root / "layouts")
+    return {
+        2: run_distributed(two_ranks, 2, root, timeout_s=200),
+        4: run_distributed(four_ranks, 4, root, timeout_s=200),
+    }
+
+
+def test_any_layout_and_number_of_ranks_loads_at_any_other(root, ranks):
+    assert len(list((root / "layouts").iterdir())) == 1 + 4 + 5
+    load_everything(root / "layouts")
+
+
+def test_a_failure_of_one_rank_is_everyones(ranks):
+    first, second = ranks[2]
+    assert first.failures == second.failures
+    full, cut_short = first.failures
     assert "File too large" in full
     assert full.endswith("(rank 1)")
     assert "__1_0.distcp: damaged: 100 bytes instead of" in cut_short
-    again = run_distributed(draw_twice, 3, tmp_path, timeout_s=120)
-    assert [pair[0] for pair in again[:2]] == [first[1], second[1]]
-    assert all(pair[0] == pair[1] for pair in again)
-    assert len({pair[0] for pair in again}) == 3
+
+
+def test_random_numbers_go_on_and_are_derived_for_new_ranks(ranks):
+    saved = [rank.draws[0] for rank in ranks[2]]
+    loaded = [rank.draws[0] for rank in ranks[4]]
+    assert loaded[:2] == saved
+    assert [rank.draws[1] for rank in ranks[4]] == loaded
+    assert len(set(loaded)) == 4
