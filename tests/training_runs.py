@@ -6,35 +6,7 @@ from typing import Any
 
 from sparsetrain.config import RunConfig
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "you",
-    "that",
-    "it",
-    "he",
-    "was",
-    "for",
-    "on",
-    "are",
-    "as",
-    "with",
-    "his",
-    "they",
-    "at",
-    "be",
-    "this",
-    "have",
-    "from",
-    "or",
-    "one",
-    "had",
-    "by",
-]
+WORDS = "the of and to in is you that it he was for on are as with his they at be this have from".split()  # noqa: SIM905
 
 
 def write_corpus(folder: Path) -> Path:

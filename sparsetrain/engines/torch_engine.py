@@ -46,6 +46,7 @@ class TorchEngine:
         if config.train.compile:
             self._callable.compile()  # in place: parameter names and hooks stay
         self._optimizer = build_optimizer(self._module, config.optimizer, world.device)
+        self._shards = weight_shards(self._callable, self._optimizer)
 
     def _parallelize(self, config: RunConfig) -> nn.Module:
         return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
@@ -71,6 +72,7 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._module, config, self._world.device)
         if keep_state:
             self._optimizer.state = state
+        self._shards = weight_shards(self._callable, self._optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradient of the mean loss over the global batch; see Engine."""
@@ -88,10 +90,9 @@ class TorchEngine:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Clip by the true global norm and return it; see Engine."""
-        shards = self.weight_shards()
-        norm = global_grad_norm(shards)
+        norm = global_grad_norm(self._shards)
         if max_norm is not None:
-            clip_grads_(shards, max_norm, norm)
+            clip_grads_(self._shards, max_norm, norm)
         return norm
 
     def step(self, lr: float) -> None:
@@ -120,7 +121,7 @@ class TorchEngine:
 
     def weight_shards(self) -> list[WeightShard]:
         """Where every weight lives, with its gradient and moments."""
-        return weight_shards(self._callable, self._optimizer)
+        return self._shards
 
     def describe(self) -> str:
         """One line for people."""

@@ -74,7 +74,7 @@ def train(
         _told_if_out_of_memory(config),
     ):
         check_world(config, world.size)
-        datasets = prepare_datasets(config, world)
+        datasets = prepare_datasets(config)
         folder.describe_data(datasets)
         engine = build_engine(config, world, datasets[0].tokenizer)
         sparsity = PhaseSparsity(config, engine)

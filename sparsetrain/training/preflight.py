@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsetrain.config import BpeTokenizer, ByteTokenizer, RunConfig, TokenizerFile, check_world
-from sparsetrain.data import Dataset
-from sparsetrain.data.cache import Progress
+from sparsetrain.data import Dataset, Progress
 from sparsetrain.data.tokenizer import read_tokenizer_file
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import describe_parameters, match_rules
@@ -44,7 +43,7 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
     parameters = describe_parameters(model)
     for index, phase in enumerate(config.phases):
         if phase.sparsity != "keep":
-            key = f"train.phases[{index - 1}].sparsity" if index else "sparsity"
+            key = f"train.phases.{index - 1}.sparsity" if index else "sparsity"
             match_rules(phase.sparsity, parameters, key=key)
     datasets = prepare_datasets(config, on_progress=on_progress)
     vocab_rows(config, datasets[0].tokenizer.vocab_size)

@@ -16,6 +16,7 @@ from sparsetrain.training import train
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 LAYOUTS = {
+    "alone": {},
     "ddp": {},
     "full": {"parallel__shard": "full"},
     "hybrid": {"parallel__shard": "full", "parallel__shard_size": 2},
@@ -43,21 +44,46 @@ def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, and the run of one process on it."""
     folder = tmp_path_factory.mktemp("layouts")
     write_corpus(folder / "corpus")
-    train(tiny_config(folder, output=str(folder / "alone"), checkpoint__keep=20))
+    train(layout(folder, "alone"))
     return folder
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(2, ["ddp", "full"]), (4, ["ddp", "full", "hybrid"])])
-def test_every_layout_trains_as_one_process_does(one_process: Path, world_size: int, names: list[str]) -> None:
-    folder = one_process
-    ranked = folder / str(world_size)
-    ranked.mkdir()
-    (ranked / "corpus").symlink_to(folder / "corpus")
-    run_distributed(train_layouts, world_size, ranked, names, timeout_s=120)
-    expected = rows_of(folder / "alone")
-    tensors = saved_tensors(folder / "alone")
+@pytest.fixture(scope="module")
+def two_ranks(one_process: Path) -> Path:
+    """The same runs over two ranks."""
+    return train_ranks(one_process, 2, ["ddp", "full"])
+
+
+def train_ranks(folder: Path, world_size: int, names: list[str]) -> Path:
+    ranked = beside(folder, str(world_size))
+    run_distributed(train_layouts, world_size, ranked, names, timeout_s=200)
+    return ranked
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A folder that shares the corpus of another."""
+    new = folder / name
+    new.mkdir()
+    (new / "corpus").symlink_to(folder / "corpus")
+    return new
+
+
+def test_two_ranks_train_as_one_process_does(one_process: Path, two_ranks: Path) -> None:
+    assert_same_training(one_process, two_ranks, ["ddp", "full"])
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_process_does(one_process: Path) -> None:
+    names = ["ddp", "full", "hybrid"]
+    assert_same_training(one_process, train_ranks(one_process, 4, names), names)
+
+
+def assert_same_training(one_process: Path, ranked: Path, names: list[str]) -> None:
+    expected = rows_of(one_process / "alone")
+    tensors = saved_tensors(one_process / "alone")
     assert len(expected) == 12
     for name in names:
         rows = rows_of(ranked / name)
@@ -106,27 +132,22 @@ def resume_layouts(folder: Path, names: list[str]) -> None:
         train(layout(folder, name), on_existing="resume")
 
 
-def test_interrupted_ranks_go_on_bitwise(one_process: Path, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "broken").mkdir()
-    for folder in ("whole", "broken"):
-        (tmp_path / folder / "corpus").symlink_to(one_process / "corpus")
-    names = ["ddp", "full"]
-    run_distributed(train_layouts, 2, tmp_path / "whole", names, timeout_s=120)
-    run_distributed(train_interrupted, 2, tmp_path / "broken", names, timeout_s=120)
-    run_distributed(resume_layouts, 2, tmp_path / "broken", names, timeout_s=120)
+def test_interrupted_ranks_go_on_bitwise(one_process: Path, two_ranks: Path) -> None:
+    broken, names = beside(one_process, "broken"), ["ddp", "full"]
+    run_distributed(train_interrupted, 2, broken, names, timeout_s=200)
+    run_distributed(resume_layouts, 2, broken, names, timeout_s=200)
     for name in names:
-        whole, broken = rows_of(tmp_path / "whole" / name), rows_of(tmp_path / "broken" / name)
         for key in ("loss", "grad_norm", "density"):
-            assert [row[key] for row in broken] == [row[key] for row in whole], (name, key)
+            expected = [row[key] for row in rows_of(two_ranks / name)]
+            assert [row[key] for row in rows_of(broken / name)] == expected, (name, key)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(one_process: Path, tmp_path: Path) -> None:
-    (tmp_path / "corpus").symlink_to(one_process / "corpus")
-    config = layout(tmp_path, "ddp")
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_layout(one_process: Path) -> None:
+    folder = beside(one_process, "moved")
+    config = layout(folder, "ddp")
     with pytest.raises(Interrupted):
         train_until(config, step=7)
-    run_distributed(resume_as_sharded, 2, tmp_path, timeout_s=120)
+    run_distributed(resume_as_sharded, 2, folder, timeout_s=200)
     expected = [row["loss"] for row in rows_of(one_process / "alone")]
     assert [row["loss"] for row in rows_of(config.output)] == pytest.approx(expected, rel=2e-5)
 
