@@ -16,7 +16,7 @@ import secrets
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
         if (match := _COMPLETE.match(path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(found)]
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """The complete checkpoints that `path` stands for, oldest first: itself, a folder of them, or a run folder's.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    if (path / MANIFEST_FILE).is_file() or _COMPLETE.match(path.name):
+        return [path]
+    found = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
+    if not found:
+        what = "holds no checkpoint" if path.is_dir() else "no such run folder or checkpoint"
+        raise CheckpointError(f"{path}: {what}")
+    return found
 
 
 def step_of(checkpoint: Path) -> int:
@@ -266,18 +281,3 @@ def _advice(error: OSError) -> str:
 
 def _checksum_of_content(content: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
-def checkpoints_in(path: Path) -> list[Path]:
-    """The complete checkpoints that `path` stands for, oldest first: itself, a folder of them, or a run folder's.
-
-    Raises:
-        CheckpointError: There are none.
-    """
-    if (path / MANIFEST_FILE).is_file() or _COMPLETE.match(path.name):
-        return [path]
-    found: Sequence[Path] = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
-    if not found:
-        what = "holds no checkpoint" if path.is_dir() else "no such run folder or checkpoint"
-        raise CheckpointError(f"{path}: {what}")
-    return list(found)
