@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparsetrain.config import RunConfig, check_world
+from sparsetrain.config import RunConfig
 from sparsetrain.data import Dataset
 from sparsetrain.engines import Engine
 from sparsetrain.errors import TrainingError
@@ -13,12 +13,12 @@ from sparsetrain.parallel import World, join_world
 from sparsetrain.planning.flops import ModelFlops
 from sparsetrain.training.accounting import Accountant
 from sparsetrain.training.checkpointing import Checkpoints
-from sparsetrain.training.datasets import prepare_datasets
 from sparsetrain.training.describe import describe_phase
 from sparsetrain.training.evaluation import evaluate
 from sparsetrain.training.events import EvalDone, Notice, PhaseStarted, Reporter, RunFinished, RunStarted, StepDone
 from sparsetrain.training.generation import sample_text
 from sparsetrain.training.phase_plan import PhasePlan, plan_phases
+from sparsetrain.training.preflight import preflight
 from sparsetrain.training.profiling import Profiler, out_of_memory_advice
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder
@@ -68,13 +68,10 @@ def train(
     Raises:
         SparsetrainError: The config does not fit the machine, the data or the run folder; or training had to stop.
     """
-    with (
-        join_world(config) as world,
-        RunFolder.open(config, on_existing, world) as folder,
-        _told_if_out_of_memory(config),
-    ):
-        check_world(config, world.size)
-        datasets = prepare_datasets(config)
+    with join_world(config) as world, _told_if_out_of_memory(config), contextlib.ExitStack() as opened:
+        datasets = preflight(config, world_size=world.size).datasets
+        # Only now that nothing else can be wrong: with "overwrite" an old run is deleted here.
+        folder = opened.enter_context(RunFolder.open(config, on_existing, world))
         folder.describe_data(datasets)
         engine = build_engine(config, world, datasets[0].tokenizer)
         sparsity = PhaseSparsity(config, engine)
