@@ -145,7 +145,7 @@ def train(
 
         start = partial(run_on_ray, run, address=address, on_existing=on_existing, profile=profile)
     try:
-        _watch(run, (ranks or 1) if here else run.cluster.workers, start)
+        _watch(run, start, check_as=(ranks or 1) if here else None)
     except InvalidConfig as error:
         raise locate(error, config, overrides or ()) from None
 
@@ -245,8 +245,14 @@ def _rank() -> int:
     return int(os.environ["RANK"]) if _torchrun_ranks() is not None else 0
 
 
-def _watch(run: RunConfig, world_size: int, start: Callable[..., Any]) -> None:
-    """Check the run, `start(reporter=...)` it, and print the table at the end; only rank 0 shows anything."""
+def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None) -> None:
+    """Check the run, `start(reporter=...)` it, and print the table at the end; only rank 0 shows anything.
+
+    Args:
+        run: The run.
+        start: Trains.
+        check_as: Number of ranks to check for; None where `start` checks the run itself.
+    """
     from sparsetrain.report.final import print_summary
     from sparsetrain.report.plot import plot_loss
     from sparsetrain.training import preflight
@@ -255,7 +261,7 @@ def _watch(run: RunConfig, world_size: int, start: Callable[..., Any]) -> None:
 
     if _rank() != 0:
         with _muted():
-            preflight(run, world_size=world_size)
+            preflight(run, world_size=check_as)
         start(reporter=None)
         return
     folders: list[Path] = []
@@ -267,7 +273,8 @@ def _watch(run: RunConfig, world_size: int, start: Callable[..., Any]) -> None:
 
     console = Console()
     with ProgressDisplay(console) as display:
-        preflight(run, world_size=world_size, on_progress=display.data_progress)
+        if check_as is not None:
+            preflight(run, world_size=check_as, on_progress=display.data_progress)
         start(reporter=report)
     if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
         plot_loss(folders[-1])

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.errors import ClusterError
 
 if TYPE_CHECKING:
-    from sparsetrain.cluster.submit import submit
+    from sparsetrain.cluster.submission import submit
     from sparsetrain.cluster.trainer import run_on_ray
 
 __all__ = ["run_on_ray", "submit"]
 
-_HOME = {"run_on_ray": "sparsetrain.cluster.trainer", "submit": "sparsetrain.cluster.submit"}
+_HOME = {"run_on_ray": "sparsetrain.cluster.trainer", "submit": "sparsetrain.cluster.submission"}
 
 
 def __getattr__(name: str) -> Any:

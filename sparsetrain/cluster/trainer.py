@@ -85,7 +85,7 @@ def run_on_ray(
         if on_existing != "overwrite":
             folder = stack.enter_context(RunFolder.open(config, on_existing, None))
         where = "a local Ray" if address == LOCAL else f"the Ray cluster at {address}"
-        report(Notice(f"starting {request.workers} workers on {where}"))
+        report(Notice(f"starting {request.workers} worker{'s' * (request.workers > 1)} on {where}"))
         stack.enter_context(environment(_driver_environment(config, address)))
         stack.enter_context(ray_session(address, request, env_vars=_PROCESS_ENVIRONMENT))
         if address != LOCAL:

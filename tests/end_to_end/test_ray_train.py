@@ -22,7 +22,7 @@ from sparsetrain.training.metrics import read_metrics
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quick.yaml"
-TWO_WORKERS = ("cluster.workers=2", "train.tokens=200Ki", "train.eval_every_steps=1000")
+TWO_WORKERS = ("cluster.workers=2", "train.tokens=100Ki", "checkpoint.every_steps=10")
 
 
 def torchrun(*overrides: str) -> None:

@@ -1,6 +1,7 @@
 """Hand a run to a Ray cluster as a job, and follow its output."""
 
 import asyncio
+import logging
 import os
 import sys
 import tempfile
@@ -23,7 +24,10 @@ _JOB_SERVER_PORT = 8265
 _MAX_UPLOAD_BYTES = 100 * 2**20
 """What Ray's job server takes in one package."""
 _POLL_S = 0.5
-_EXCLUDED = ("**/__pycache__",)
+_EXCLUDED = ("**/__pycache__", "**/.*_cache")
+
+for _name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+    logging.getLogger(_name).setLevel(logging.WARNING)  # they report every upload otherwise
 
 
 def submit(

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.cluster.submit import check_upload_size, submit
+from sparsetrain.cluster.submission import check_upload_size, submit
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError
 
