@@ -148,6 +148,9 @@ class SparsityRule(Section):
         if isinstance(self.schedule, Stepwise) and self.schedule.steps[-1][1] != self.sparsity:
             last = self.schedule.steps[-1][1]
             raise KeyConflict("sparsity", f"schedule.steps ends at {last}; make the two equal")
+        if isinstance(self.distribution, Global) and self.distribution.floor > 1 - self.sparsity + 1e-9:
+            left = f"sparsity={self.sparsity} leaves {1 - self.sparsity:.4g} of the weights"
+            raise KeyConflict("distribution.floor", f"{left}, and every one of them keeps more; lower the floor")
         return self
 
     @property

@@ -129,17 +129,20 @@ class Sparsifier:
         self._weights = [[SparseWeight.dense(by_name[parameter.name]) for parameter in mine] for mine in owned]
         inherited = [weight for weight in self._all() if weight.shard.name in masks]
         update_masks(inherited, [masks[weight.shard.name] for weight in inherited], count_flips=False)
-        tables = plan_timetables(
-            self.rules,
-            owned,
-            total_steps=self._total_steps,
-            costs=self._costs,
-            initial_densities=self.densities(),
-        )
         self.step = 0
-        self._set_timetables(tables)
-        for method, weights in zip(self._methods, self._weights, strict=True):
-            if not self._hold:
+        if self._hold:
+            self._set_timetables([Timetable((), ())] * len(self.rules))
+        else:
+            self._set_timetables(
+                plan_timetables(
+                    self.rules,
+                    owned,
+                    total_steps=self._total_steps,
+                    costs=self._costs,
+                    initial_densities=self.densities(),
+                )
+            )
+            for method, weights in zip(self._methods, self._weights, strict=True):
                 update_masks(weights, method.first_masks(weights), count_flips=False)
         self._zero_everything()
         if optimizer is not None:
@@ -159,11 +162,11 @@ class Sparsifier:
     def mask_gradients(self) -> None:
         """Zero the gradient of zeroed weights, so that norms and clipping see what the optimizer will.
 
-        Call it after the backward pass, once gradients are summed over ranks; the optimizer's step does it otherwise.
+        Call it after the backward pass, once gradients are summed over ranks; the optimizer's step then does not do it
+        again. After a step that is not taken, call `after_step` if it counts, or this again for the next one.
         """
-        for method, weights in zip(self._methods, self._weights, strict=True):
-            if method.reads_gradients and not self._hold and method.is_due(self.step + 1):
-                method.see_gradients(weights)
+        for method, weights in self._due(self.step + 1):
+            method.see_gradients(weights)
         for weight in self._zeroed_in_parameter():
             weight.zero_gradient()
         self._gradients_are_masked = True
@@ -182,11 +185,7 @@ class Sparsifier:
             weight.zero_weight()  # before masks are chosen: an optimizer may have left 0/0 there
             if self._zeroes_moments_each_step:
                 weight.zero_moments()
-        due = [
-            (method, weights)
-            for method, weights in zip(self._methods, self._weights, strict=True)
-            if not self._hold and method.is_due(self.step)
-        ]
+        due = self._due(self.step)
         for method, weights in due:
             update_masks(weights, method.next_masks(weights, self.step))
         if due:
@@ -249,7 +248,7 @@ class Sparsifier:
                     f"the mask of {weight.shard.name} should have shape {list(weight.bits.shape)}, not {held}: "
                     "it was saved by a run with other sparsity rules"
                 )
-        update_masks(weights, [masks[weight.shard.name].to(weight.bits.device) for weight in weights])
+        update_masks(weights, [masks[weight.shard.name] for weight in weights], count_flips=False)
         self._zero_everything()
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,6 +285,11 @@ class Sparsifier:
             METHODS[rule.method](rule, timetable=table, seed=self._seed)
             for rule, table in zip(self.rules, tables, strict=True)
         ]
+
+    def _due(self, step: int) -> list[tuple[Method, list[SparseWeight]]]:
+        """Whose masks change once `step` steps are done."""
+        pairs = zip(self._methods, self._weights, strict=True)
+        return [] if self._hold else [(method, weights) for method, weights in pairs if method.is_due(step)]
 
     def _all(self) -> list[SparseWeight]:
         return [weight for weights in self._weights for weight in weights]

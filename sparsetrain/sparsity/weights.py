@@ -59,8 +59,8 @@ def update_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor], *, co
     """Give weights new masks (bool, of `local_shape`) and count what lives and what changed; one sum per group."""
     by_group: dict[ProcessGroup | None, list[tuple[SparseWeight, Tensor]]] = defaultdict(list)
     for weight, mask in zip(weights, masks, strict=True):
-        bits = as_bits(mask)
-        counts = torch.stack([mask.sum(), (bits != weight.bits).sum()])
+        bits = as_bits(mask.to(weight.bits.device))
+        counts = torch.stack([torch.count_nonzero(bits), torch.count_nonzero(bits != weight.bits)])
         weight.bits = bits
         by_group[weight.shard.group].append((weight, counts))
     for group, counted in by_group.items():

@@ -15,15 +15,13 @@ from sparsetrain.sparsity.weights import SparseWeight
 class Method(ABC):
     """The life of one rule's masks over a phase. The Sparsifier calls it and applies what it returns.
 
-    After each optimizer step number `step` the order is: `is_due(step)`; where it is, `next_masks(step)`, for which the
-    method may have read the step's dense gradients in `see_gradients`, called before they are masked.
+    Where masks are due after a step, `see_gradients` is called before it, while its gradients are still dense, and
+    `next_masks` after it.
     """
 
     zeros_in_parameter: ClassVar[bool]
     """True: zeroed weights are 0 in the parameter itself, and so are their moments and gradient. False: only in the
     effective weight of the forward pass, and the parameter goes on learning."""
-    reads_gradients: ClassVar[bool] = False
-    """Whether `see_gradients` is to be called when the step about to be taken makes masks due."""
 
     def __init__(self, rule: SparsityRule, *, timetable: Timetable, seed: int) -> None:
         self.rule = rule
@@ -43,7 +41,7 @@ class Method(ABC):
         """Masks that hold once `step` optimizer steps are done."""
 
     def see_gradients(self, weights: Sequence[SparseWeight]) -> None:  # noqa: B027 (most methods need not)
-        """Read dense gradients through the shards; they are masked right after."""
+        """Read the dense gradients of a step after which masks are due; they are masked right after."""
 
     def choose(self, weights: Sequence[SparseWeight], step: int, *, within: bool) -> list[Tensor]:
         """Masks at the timetable's sparsity, by the rule's criterion and distribution."""

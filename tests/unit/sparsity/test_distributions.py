@@ -2,6 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsetrain.config import SparsityRule
+from sparsetrain.errors import ConfigError
 from sparsetrain.sparsity.distributions import (
     erk_densities,
     keep_erk,
@@ -63,6 +65,15 @@ def test_global_counts_over_all_and_floors_round_down() -> None:
     assert keep_global([10, 10, 5], 0.75, [10, 10, 5]) == 6
     assert keep_global([10, 10, 5], 0.1, [3, 2, 1]) == 6
     assert keep_floors([10, 10, 5], 0.25, [10, 1, 5]) == [2, 1, 1]
+
+
+def test_a_floor_above_what_the_sparsity_leaves_is_refused() -> None:
+    def rule(floor: float) -> SparsityRule:
+        return SparsityRule(params="*", method="static", sparsity=0.9, distribution={"kind": "global", "floor": floor})
+
+    assert rule(0.1).distribution.kind == "global"
+    with pytest.raises(ConfigError, match=r"sparsity=0.9 leaves 0.1 of the weights"):
+        rule(0.2)
 
 
 def prod(shape: tuple[int, ...]) -> int:

@@ -267,7 +267,7 @@ def test_a_later_phase_holds_masks_or_prunes_on_from_them() -> None:
     first = Sparsifier([STATIC.model_copy(update={"sparsity": 0.5})]).attach(model, optimizer)
     train(model, optimizer, 3)
     first.detach()
-    held = Sparsifier([STATIC], hold=True).attach(model, optimizer, masks=first.masks())
+    held = Sparsifier([PRUNE], hold=True).attach(model, optimizer, masks=first.masks())
     train(model, optimizer, 3)
     assert held.density == 0.5
     assert_zeroed(held, weight_shards(model, optimizer))
@@ -384,7 +384,6 @@ class GrowByGradient(Method):
     """A method of the kind to come: at each step, masks where the dense gradient is largest, applied in the forward."""
 
     zeros_in_parameter = False
-    reads_gradients = True
     seen: Tensor
 
     def first_masks(self, weights: Sequence[SparseWeight]) -> list[Tensor]:
