@@ -88,7 +88,9 @@ def _explain(item: Any, path: KeyPath, raw: Any, top: type[Section]) -> tuple[Ke
     if kind == "extra_forbidden":
         return path, f"unknown key; {suggest_key(path, raw, top)}"
     if kind == "missing":
-        return path, "missing" + _meaning(path, raw, top)
+        return path, "missing, the list is too short" if isinstance(
+            path[-1], int
+        ) else f"missing{_meaning(path, raw, top)}"
     value = value_at(raw, path)
     if kind == "literal_error" and item["loc"][-1] == "<keep>":
         return path, "expected keep or a list of rules"
@@ -115,6 +117,7 @@ _PLAIN = {
     "int_type": "expected a whole number, without quotes",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
+    "model_attributes_type": "expected a section, that is keys with values",
     "model_type": "expected a section, that is keys with values",
     "string_too_short": "must not be empty",
     "string_type": 'expected text; put it in quotes ("...") if it is meant to be text',

@@ -90,8 +90,8 @@ def _validate(raw: Any, origins: Origins, world_size: int | None) -> tuple[RunCo
         problems += [problem for problem in found if not _touches(problem.path, broken)]
         for problem in found:
             broken |= {problem.path, *_meant(problem.path, completed)}
-            if not _take_out(raw, problem.path):
-                return None, problems
+        if not _mend(raw, [problem.path for problem in found]):
+            return None, problems
     clashes = [*conflicts(config), *world_conflicts(config, world_size or config.cluster.workers)]
     for clash in clashes:
         if not any(_touches(path, broken) for path in (clash.path, *clash.others)):
@@ -121,18 +121,25 @@ def _meant(path: KeyPath, raw: Any) -> list[KeyPath]:
     return [(*path[:-1], near)] if near else []
 
 
+def _mend(raw: Any, paths: Sequence[KeyPath]) -> bool:
+    """Take out what stands at the paths, or put in what cannot be missing; False if that leaves nothing to check."""
+    removed = [_take_out(raw, path) for path in paths]
+    if any(removed):
+        return True
+    missing = {path[0] for path in paths} & _STAND_INS.keys() - raw.keys()
+    raw.update({key: copy.deepcopy(_STAND_INS[str(key)]) for key in missing})
+    return bool(missing)
+
+
 def _take_out(raw: Any, path: KeyPath) -> bool:
-    """Remove the value at a path, or the nearest section around it; False if that leaves nothing to check."""
+    """Remove the value at a path, or the nearest section around it that is there."""
     around = [path[:end] for end in range(len(path) - 1, 0, -1)]
     for *parents, key in (path, run_wide(path), *around):
         parent = value_at(raw, tuple(parents))
         if isinstance(parent, dict) and key in parent:
             del parent[key]
             return True
-    stand_in = _STAND_INS.get(str(path[0]))
-    if stand_in is not None:
-        raw[path[0]] = stand_in
-    return stand_in is not None
+    return False
 
 
 def _place(problem: Problem) -> tuple[int, int]:

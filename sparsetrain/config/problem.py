@@ -1,5 +1,6 @@
 """One thing that is wrong with a config, and how a list of them reads."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -55,6 +56,15 @@ class InvalidConfig(ConfigError):
 
 def show(value: Any) -> str:
     """Write a value the way it stands in YAML, on one line and not too long."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-    text = text.removesuffix("\n").removesuffix("\n...")
+    try:
+        if isinstance(value, str) and not value.isprintable():
+            return _short(json.dumps(value))
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError:  # a section made in Python can be given anything
+        text = repr(value)
+    return _short(text.removesuffix("\n").removesuffix("\n..."))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

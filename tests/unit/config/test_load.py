@@ -7,9 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from sparsetrain.config import InvalidConfig, ModelConfig, Problem, RunConfig, SparsityRule, load_config, locate
+from sparsetrain.config import (
+    DataConfig,
+    InvalidConfig,
+    ModelConfig,
+    Problem,
+    RunConfig,
+    SparsityRule,
+    load_config,
+    locate,
+)
 from sparsetrain.config.origin import FilePosition
+from sparsetrain.config.problem import show
+from sparsetrain.errors import ConfigError
 
 Mistakes = Callable[..., list[str]]
 
@@ -176,6 +189,7 @@ train:
         pytest.param(
             "{lr: 6e-4}", "{schedule: {kind: wsd, warmup: 0.9}}", "optimizer.schedule.decay: warmup=0.9", id="wsd"
         ),
+        pytest.param("{lr: 6e-4}", "{betas: [0.9]}", "betas.1: missing, the list is too short", id="too-short"),
         pytest.param("{lr: 6e-4}", "{betas: [0.9, 0.9, 0.9]}", "expected at most 2 values", id="too-long"),
         pytest.param(
             "  tokens: 4Ki",
@@ -234,6 +248,18 @@ def test_sections_are_checked_against_each_other_even_where_another_is_broken(mi
     assert "model.num_heads" in lines[0]
     assert "optimizer.lr" in lines[1]
     assert "train.batch_tokens = 1000: must be a multiple of data.seq_len=256; 768 or 1024 would do" in lines[2]
+
+
+def test_a_section_that_is_broken_beyond_repair_does_not_hide_the_rest(mistakes: Mistakes) -> None:
+    lines = mistakes("model: {namedim: 8, num_heads: 0}\ntrain: {tokens: 1Ki, batch_tokens: 1000}\n")
+
+    assert [line.split(": ")[1] for line in lines] == [
+        "name",
+        "model.num_layers",
+        "model.num_heads = 0",
+        "model.namedim = 8",
+        "train.batch_tokens = 1000",
+    ]
 
 
 def test_what_follows_from_a_mistake_is_not_told(mistakes: Mistakes) -> None:
@@ -309,6 +335,8 @@ def test_a_problem_keeps_the_text_it_points_at(tmp_path: Path) -> None:
 def test_sections_made_in_python_explain_themselves_too() -> None:
     with pytest.raises(InvalidConfig) as rule:
         SparsityRule(params="*.ffn.*", method="prunee", sparsity=2)  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match=r"source\.0: expected a section"):
+        DataConfig(source=[object()])  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match=r"num_heads = 3: must divide dim=8"):
         ModelConfig(dim=8, num_layers=1, num_heads=3)
 
@@ -345,6 +373,13 @@ def test_a_later_check_is_told_where_its_keys_stand(tmp_path: Path) -> None:
     ]
 
 
+def test_values_are_shown_on_one_short_line() -> None:
+    assert show({"kind": "erk", "x": [1, None]}) == "{kind: erk, x: [1, null]}"
+    assert show("two\nlines") == '"two\\nlines"'
+    assert show("a" * 100) == "a" * 45 + "..."
+    assert show([object]).startswith("[<class 'object'>")
+
+
 def test_a_run_made_in_python_completes_its_phases(smallest: Path) -> None:
     config = load_config(smallest, ["data.seq_len=128", "train.phases=[{name: b, tokens: 1Ki}]"])
 
@@ -356,6 +391,31 @@ def test_a_run_made_in_python_completes_its_phases(smallest: Path) -> None:
     )
 
     assert again == config
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_in_a_file_it_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+    values = st.sampled_from(
+        ["", "null", "-1", ".nan", "[]", "[1]", "{}", "{kind: erk}", "*a", "&a 1", "'", "1e999", "keep"]
+    )
+    lines = RUN.splitlines()
+    for _ in range(data.draw(st.integers(1, 3))):
+        line = data.draw(st.integers(0, len(lines) - 1))
+        key = lines[line].split(":")[0]
+        lines[line] = data.draw(st.just("") | st.just("  " + lines[line]) | st.builds(f"{key}: {{}}".format, values))
+    path = tmp_path / "any.yaml"
+    path.write_text("\n".join(lines))
+    keys = st.sampled_from(
+        ["seed", "model", "sparsity.0", "sparsity.0.schedule", "train.phases", "data.source.0", "a.b"]
+    )
+    overrides = data.draw(st.lists(st.builds("{}={}".format, keys, values), max_size=2))
+
+    try:
+        config = load_config(path, overrides)
+    except ConfigError:
+        return
+    assert config.train.batch_tokens % config.data.seq_len == 0
 
 
 def test_reading_a_config_does_not_import_torch(smallest: Path) -> None:
