@@ -15,6 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError
 
+_kept_groups: set[dist.ProcessGroup | None] = set()
+"""Groups that this process has trained in, kept alive to its end. Otherwise DDP's reducer can be the last to hold one: it
+ends the group's thread without letting go of Python's global lock, and waits for ever if that thread wants it."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -78,6 +82,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
         _init_process_group(config, device)
     try:
         if dist.is_initialized():
+            _kept_groups.add(dist.group.WORLD)
             yield World(dist.get_rank(), dist.get_world_size(), device)
         else:
             yield World(0, 1, device)
