@@ -16,7 +16,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError
 
 _kept_groups: set[dist.ProcessGroup | None] = set()
-"""Groups that this process has trained in, kept alive to its end. Otherwise DDP's reducer can be the last to hold one: it
+"""Groups that this process has trained in, kept to its end. Otherwise DDP's reducer can be the last to hold one: it
 ends the group's thread without letting go of Python's global lock, and waits for ever if that thread wants it."""
 
 
