@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.config.sparsity import Constant, SparsityRule
-from sparsetrain.errors import CheckpointError, ConfigError
+from sparsetrain.errors import CheckpointError, ConfigError, ShardingError
 from sparsetrain.sharding import WeightShard, weight_shards
 from sparsetrain.sparsity.matching import describe_parameters, match_rules
 from sparsetrain.sparsity.methods import METHODS, Method
@@ -120,12 +120,17 @@ class Sparsifier:
 
         Raises:
             ConfigError: The rules do not fit the model.
+            ShardingError: `shards` leaves out a weight that a rule owns.
             TrainingError: Weights are not finite.
         """
         self.detach()
         masks = self.masks() if masks is None else masks
         owned = match_rules(self.rules, describe_parameters(model))
         by_name = {shard.name: shard for shard in (weight_shards(model, optimizer) if shards is None else shards)}
+        if missing := [parameter.name for mine in owned for parameter in mine if parameter.name not in by_name]:
+            raise ShardingError(
+                f"no shard describes {missing[0]}, which a sparsity rule owns; pass shards of all weights"
+            )
         self._weights = [[SparseWeight.dense(by_name[parameter.name]) for parameter in mine] for mine in owned]
         inherited = [weight for weight in self._all() if weight.shard.name in masks]
         update_masks(inherited, [masks[weight.shard.name] for weight in inherited], count_flips=False)

@@ -1,7 +1,7 @@
 """Masks that only ever lose weights: gradual pruning to a schedule.
 
 With the cubic schedule this is gradual magnitude pruning (Zhu & Gupta, arXiv 1710.01878, equation 1); with the
-geometric one from 25 % to 75 % of compute it keeps to an average parameter count (arXiv 2501.12486, section 3):
+geometric one from 25 % to 75 % of compute it keeps to an average parameter count (arXiv 2501.12486):
 M_t = top-k(|W_t| ⊙ M_(t−1)), k from the schedule. A pruned weight never regrows. Deviation: ties are broken by global
 index, so that the number of weights kept is exact.
 """

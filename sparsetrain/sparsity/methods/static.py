@@ -1,4 +1,4 @@
-"""One mask for the whole phase, chosen at its start: SPDF's sparse pre-training (arXiv 2303.10464, section 2).
+"""One mask for the whole phase, chosen at its start: SPDF's sparse pre-training (arXiv 2303.10464).
 
 W ← M ⊙ W before the first step and ever after, M uniformly random at sparsity s. The phase after it is dense: give
 it no rules, and zeroed weights start at 0 and learn. Deviation: the mask may also be chosen by magnitude.
