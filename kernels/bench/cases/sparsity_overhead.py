@@ -36,7 +36,7 @@ def sparsity_overhead(bench: Bench) -> Iterator[Row]:
             update.append(seconds(updating.after_step))
             each = seconds(sparse.mask_gradients) + seconds(sparse.after_step)
             overhead.append(each + update[-1] / _UPDATE_EVERY)
-        note = f"{updating.numel / 1e6:.2f}M weights; a hundredth of a mask update of {median(update) * 1e3:.3g} ms included"
+        note = f"{updating.numel / 1e6:.2f}M weights; a mask update takes {median(update) * 1e3:.3g} ms"
         yield Row(f"masking per step, {name}", overhead, step, "whole dense step", AtMost(0.02), note=note)
         yield bench.compare(
             f"masked step, {name}", ours=sparse.run, peer=dense.run, peer_name="dense step", target=AtMost(1.02)
