@@ -1,16 +1,17 @@
 """Is there room for the workers? Asked before anything starts, answered in seconds."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import ray
+import torch
 from ray._private.state import available_resources_per_node
 
 from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
+from sparsetrain.planning.hardware import usable_cores
 
 _POLL_EVERY_S = 1.0
 
@@ -49,7 +50,7 @@ class Request:
         return sum(min(int(node.get(name, 0) / each) for name, each in self.per_worker.items()) for node in nodes)
 
 
-def check_machine(request: Request, *, cpus: int | None = None, gpus: int | None = None) -> None:
+def check_machine(request: Request, *, cpus: float | None = None, gpus: int | None = None) -> None:
     """Refuse a local run that asks for more than this machine has.
 
     Args:
@@ -60,9 +61,9 @@ def check_machine(request: Request, *, cpus: int | None = None, gpus: int | None
     Raises:
         ClusterError: Too few CPUs or GPUs.
     """
-    machine = {"CPU": len(os.sched_getaffinity(0)) if cpus is None else cpus, "GPU": 0}
+    machine = {"CPU": usable_cores() if cpus is None else cpus, "GPU": 0.0}
     if request.gpus_per_worker:
-        machine["GPU"] = _count_gpus() if gpus is None else gpus
+        machine["GPU"] = torch.cuda.device_count() if gpus is None else gpus
     if request.fitting([machine]) < request.workers:
         raise ClusterError(_too_little(request, [machine], "this machine has"))
 
@@ -101,12 +102,6 @@ def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[st
 def _may_grow() -> bool:
     """Whether an autoscaler could add nodes."""
     return ray._private.state.state.get_max_resources_from_cluster_config() is not None
-
-
-def _count_gpus() -> int:
-    import torch  # slow to import, and only needed by runs that ask for GPUs
-
-    return torch.cuda.device_count()
 
 
 def _too_little(request: Request, nodes: Iterable[Mapping[str, float]], has: str) -> str:

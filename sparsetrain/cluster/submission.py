@@ -5,9 +5,11 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ray.exceptions import AuthenticationError
@@ -24,6 +26,8 @@ _JOB_SERVER_PORT = 8265
 _MAX_UPLOAD_BYTES = 100 * 2**20
 """What Ray's job server takes in one package."""
 _POLL_S = 0.5
+_HEAD_START_S = 20.0
+"""A head that has just started answers before it can take jobs."""
 _EXCLUDED = ("**/__pycache__", "**/.*_cache")
 
 for _name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -72,12 +76,7 @@ def submit(
         }
         check_upload_size([packages.library, packages.kernels])
         flags = {"refuse": "", "resume": " --resume", "overwrite": " --overwrite"}[on_existing]
-        try:
-            job: str = client.submit_job(
-                entrypoint=f"python -m sparsetrain train {name}{flags}", runtime_env=runtime_env
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ClusterError(f"the job server at {address} refused the job: {error}") from error
+        job = _submit_job(client, f"python -m sparsetrain train {name}{flags}", runtime_env)
     if not detach:
         _follow(client, job, address, write or _write)
     return job
@@ -118,6 +117,17 @@ def _connect(address: str) -> JobSubmissionClient:
             f"{address} does not answer like a Ray job server (the dashboard's port, {_JOB_SERVER_PORT} by default): "
             f"{error}"
         ) from error
+
+
+def _submit_job(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    deadline = time.monotonic() + _HEAD_START_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        except (RuntimeError, ValueError, OSError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"the job server refused the job: {error}") from error
+        time.sleep(_POLL_S)
 
 
 def _follow(client: JobSubmissionClient, job: str, address: str, write: Callable[[str], None]) -> None:

@@ -153,7 +153,7 @@ def describe_hardware() -> Hardware:
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return Hardware(
         cpu_model=info.get("model name") or _sysctl("machdep.cpu.brand_string") or platform.processor() or "unknown",
-        num_cores=_usable_cores(),
+        num_cores=usable_cores(),
         num_machine_cores=os.cpu_count() or 1,
         memory_bytes=_memory_bytes(),
         gpus=tuple(gpus),
@@ -177,7 +177,8 @@ def _sysctl(name: str) -> str:
     return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _usable_cores() -> float:
+def usable_cores() -> float:
+    """Cores that this process may run on: fewer than the machine's under an affinity mask or a container's quota."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     quota, _, period = _first_line("/sys/fs/cgroup/cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit():  # "max 100000" without a limit

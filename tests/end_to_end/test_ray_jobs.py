@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def job_server(job_outputs: Path) -> Iterator[str]:
             environment = program_environment() | {"SPARSETRAIN_OUTPUT_ROOT": str(job_outputs)}
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:
-                wait_until_listening((port, job_port), process, Path(log.name))
+                wait_until_listening((port, job_port, agent), process, Path(log.name))
                 yield f"http://127.0.0.1:{job_port}"
             finally:
                 end_tree(process.pid)
@@ -62,11 +63,13 @@ def program_environment() -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+    """Ports below the range from which the system, and so the rest of Ray, takes ports that nobody named."""
+    found: list[int] = []
+    while len(found) < count:
+        with contextlib.suppress(OSError), socket.socket() as candidate:
+            candidate.bind(("0.0.0.0", random.randrange(20_000, 32_000)))
+            found.append(int(candidate.getsockname()[1]))
+    return found
 
 
 def wait_until_listening(ports: tuple[int, ...], process: subprocess.Popen[bytes], log: Path) -> None:
