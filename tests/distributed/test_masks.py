@@ -45,7 +45,8 @@ def build() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 14), nn.GELU(), nn.Linear(14, 20, bias=False), nn.GELU(), nn.Linear(20, 2))
     with torch.no_grad():
-        model[2].weight.view(-1)[::3] = torch.tensor(TIES).repeat(24)[:94]  # many equal magnitudes at the threshold
+        for linear in model[::2]:  # many equal magnitudes at the threshold, in one weight and over several
+            linear.weight.view(-1)[::3] = torch.tensor(TIES).repeat(24)[: -(-linear.weight.numel() // 3)]
     return model
 
 

@@ -105,7 +105,7 @@ def test_masks_equal_a_stable_sort(pattern: str, distribution: str, criterion: s
     for name, shape in SHAPES.items():
         size = math.prod(shape)
         drawn = torch.frombuffer(bytearray(data.draw(st.binary(min_size=size, max_size=size))), dtype=torch.uint8)
-        values[name] = palette[drawn.long() % len(palette)].view(shape)
+        values[name] = palette[drawn.long() % len(palette)].view(shape) * data.draw(st.sampled_from([1.0, 0.25, 4.0]))
     rule = rule_of(pattern, distribution, criterion)
     sparsity = data.draw(st.floats(0.0, 0.75))
     weights = weights_of(values)
