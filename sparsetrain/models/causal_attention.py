@@ -58,56 +58,60 @@ class _CpuAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         num_kv_heads, scale = k_BTKD.shape[2], q_BTHD.shape[3] ** -0.5
-        q, k, v = (_by_kv_head(x, num_kv_heads) for x in (q_BTHD, k_BTKD, v_BTKD))
-        out, probabilities = torch.empty_like(q), []
-        with as_written(q.device):
-            for rows, first, end in _blocks(q_BTHD, num_kv_heads):
-                scores = _product(q[:, rows], k[:, :end].mT, scale)
-                _hide(scores, first, end, q_BTHD.shape[2] // num_kv_heads, document_ids_BT)
-                probabilities.append(torch.softmax(scores, dim=-1))
-                out[:, rows] = torch.bmm(probabilities[-1], v[:, :end])
-        ctx.save_for_backward(q, k, v, *probabilities)
-        ctx.num_heads = q_BTHD.shape[2]
-        return _by_token(out, q_BTHD.shape)
+        k, v = _by_head(k_BTKD, num_kv_heads), _by_head(v_BTKD, num_kv_heads)
+        out_BTHD = torch.empty_like(q_BTHD, memory_format=torch.contiguous_format)
+        kept = []
+        with as_written(q_BTHD.device):
+            for first, end in _blocks(q_BTHD.shape[1]):
+                q = _by_head(q_BTHD[:, first:end], num_kv_heads)
+                scores = _product(q, k[:, :end].mT, scale)
+                _hide(scores, first, end, document_ids_BT)
+                p = torch.softmax(scores, dim=-1)
+                _write(out_BTHD[:, first:end], torch.bmm(p, v[:, :end]), num_kv_heads)
+                kept += [q, p]
+        ctx.save_for_backward(k, v, *kept)
+        return out_BTHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *probabilities = ctx.saved_tensors
+        k, v, *kept = ctx.saved_tensors
         batch, num_tokens, _, head_dim = dout_BTHD.shape
-        num_kv_heads, scale = q.shape[0] // batch, head_dim**-0.5
-        dout = _by_kv_head(dout_BTHD, num_kv_heads)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (rows, _, end), p in zip(_blocks(dout_BTHD, num_kv_heads), probabilities, strict=True):
-            dv[:, :end] += torch.bmm(p.mT, dout[:, rows])
-            dp = torch.bmm(dout[:, rows], v[:, :end].mT)
+        num_kv_heads, scale = k.shape[0] // batch, head_dim**-0.5
+        dq_BTHD = torch.empty_like(dout_BTHD, memory_format=torch.contiguous_format)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for (first, end), q, p in zip(_blocks(num_tokens), kept[::2], kept[1::2], strict=True):
+            dout = _by_head(dout_BTHD[:, first:end], num_kv_heads)
+            dv[:, :end] += torch.bmm(p.mT, dout)
+            dp = torch.bmm(dout, v[:, :end].mT)
             dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[:, rows] = _product(dscores, k[:, :end], scale)
-            dk[:, :end] += _product(dscores.mT, q[:, rows], scale)
-        kv_shape = (batch, num_tokens, num_kv_heads, head_dim)
-        return _by_token(dq, dout_BTHD.shape), _by_token(dk, kv_shape), _by_token(dv, kv_shape), None
+            _write(dq_BTHD[:, first:end], _product(dscores, k[:, :end], scale), num_kv_heads)
+            dk[:, :end] += _product(dscores.mT, q, scale)
+        dk_BTKD, dv_BTKD = (d.view(batch, num_kv_heads, num_tokens, head_dim).transpose(1, 2) for d in (dk, dv))
+        return dq_BTHD, dk_BTKD, dv_BTKD, None
 
 
-def _by_kv_head(x_BTHD: Tensor, num_kv_heads: int) -> Tensor:
-    """[N, T·G, D]: heads that share keys and values become rows of one matrix, tokens outermost."""
-    batch, num_tokens, _, head_dim = x_BTHD.shape
-    grouped = x_BTHD.view(batch, num_tokens, num_kv_heads, -1, head_dim).transpose(1, 2)
-    return grouped.reshape(batch * num_kv_heads, -1, head_dim)
-
-
-def _by_token(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Undo `_by_kv_head`: [B, T, H, D]."""
-    batch, num_tokens, _, head_dim = shape
-    return x.view(batch, -1, num_tokens, x.shape[1] // num_tokens, head_dim).transpose(1, 2).reshape(shape)
-
-
-def _blocks(x_BTHD: Tensor, num_kv_heads: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows of a block of queries in [N, T·G, D], the first query, and one past the last."""
-    _, num_tokens, num_heads, _ = x_BTHD.shape
-    group = num_heads // num_kv_heads
+def _blocks(num_tokens: int) -> Iterator[tuple[int, int]]:
+    """First query of each block, and one past its last."""
     for first in range(0, num_tokens, _QUERIES_PER_BLOCK):
-        end = min(first + _QUERIES_PER_BLOCK, num_tokens)
-        yield slice(first * group, end * group), first, end
+        yield first, min(first + _QUERIES_PER_BLOCK, num_tokens)
+
+
+def _head_view(x_BTHD: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, K, T, G, D], sharing memory."""
+    batch, num_tokens, _, head_dim = x_BTHD.shape
+    return x_BTHD.view(batch, num_tokens, num_kv_heads, -1, head_dim).transpose(1, 2)
+
+
+def _by_head(x_BTHD: Tensor, num_kv_heads: int) -> Tensor:
+    """[N, T·G, D], contiguous: heads that share keys and values become rows of one matrix."""
+    return _head_view(x_BTHD, num_kv_heads).flatten(2, 3).flatten(0, 1).contiguous()
+
+
+def _write(x_BTHD: Tensor, values: Tensor, num_kv_heads: int) -> None:
+    """Store [N, T·G, D] as [B, T, H, D]."""
+    view = _head_view(x_BTHD, num_kv_heads)
+    view.copy_(values.view(view.shape))
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -116,9 +120,9 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(unused, a, b, beta=0, alpha=scale)
 
 
-def _hide(scores: Tensor, first: int, end: int, group: int, document_ids_BT: Tensor | None) -> None:
+def _hide(scores: Tensor, first: int, end: int, document_ids_BT: Tensor | None) -> None:
     """Set to −∞ what the queries first .. end − 1 must not see, in place; scores [N, (end − first)·G, end]."""
-    num_queries = end - first
+    num_queries, group = end - first, scores.shape[1] // (end - first)
     later = torch.ones(num_queries, num_queries, dtype=torch.bool).triu_(1).repeat_interleave(group, 0)
     scores[:, :, first:end].masked_fill_(later, float("-inf"))
     if document_ids_BT is not None:

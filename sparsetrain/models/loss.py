@@ -71,8 +71,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, loss: Tensor) -> Tensor:
     """Add the chunk's loss to `loss`; return the loss's gradient by the logits, as if every token counted."""
-    log_p_CV = torch.log_softmax(logits_CV, dim=-1, dtype=loss.dtype)
+    p_CV = torch.softmax(logits_CV, dim=-1, dtype=loss.dtype)
+    # log Σ exp by way of the largest probability: it is at least 1/V, and no logit is exponentiated twice.
+    log_sum_C = logits_CV.amax(dim=-1).to(loss.dtype) - p_CV.amax(dim=-1).log()
     counted_C = targets_C != IGNORED
     index_C1 = targets_C.where(counted_C, 0).unsqueeze(1)
-    loss -= (log_p_CV.gather(1, index_C1).squeeze(1) * counted_C).sum()
-    return log_p_CV.exp_().scatter_add_(1, index_C1, log_p_CV.new_full((), -1.0).expand(index_C1.shape))
+    loss += ((log_sum_C - logits_CV.gather(1, index_C1).squeeze(1)) * counted_C).sum()
+    return p_CV.scatter_add_(1, index_C1, p_CV.new_full((), -1.0).expand(index_C1.shape))

@@ -3,8 +3,11 @@
 Shapes: B batch, T tokens, H heads, D head dim.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rotation_table(num_tokens: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -20,6 +23,31 @@ def rotation_table(num_tokens: int, head_dim: int, theta: float, device: torch.d
 
 def rotate(x_BTHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) by its position's angle; same shape and dtype, computed in float32 or better."""
-    cos, sin = (values.unsqueeze(1) for values in table)
-    first, second = x_BTHD.to(torch.promote_types(x_BTHD.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHD.dtype)
+    rotated: Tensor = _Rotate.apply(x_BTHD, *table)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing but the table is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BTHD, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turn(dy_BTHD, cos, -sin), None, None
+
+
+def _turn(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x₁ cos − x₂ sin, x₂ cos + x₁ sin) of the halves x₁, x₂ of the last dimension."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    x = x_BTHD.to(torch.promote_types(x_BTHD.dtype, cos.dtype))
+    y = x * torch.cat((cos, cos), dim=-1)
+    half = cos.shape[-1]
+    y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin)
+    return y.to(x_BTHD.dtype)
