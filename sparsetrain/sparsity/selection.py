@@ -152,9 +152,10 @@ def _count_digits(problems: Sequence[Problem], keys: Sequence[Sequence[_Keys]], 
     sums: dict[ProcessGroup | None, Tensor] = {}
     for row, (problem, pieces_of_parts) in enumerate(zip(problems, keys, strict=True)):
         for part, pieces in zip(problem.parts, pieces_of_parts, strict=True):
-            counts = sums.setdefault(part.group, torch.zeros(shape, dtype=torch.int64, device=part.device))
+            if part.group not in sums:
+                sums[part.group] = torch.zeros(shape, dtype=torch.int64, device=part.device)
             for piece in pieces():
-                counts[row] += torch.bincount((piece >> shift).bitwise_and_(2**width - 1), minlength=2**width)
+                sums[part.group][row] += torch.bincount((piece >> shift).bitwise_and_(2**width - 1), minlength=2**width)
     for group, counts in sums.items():
         if group is not None:
             dist.all_reduce(counts, group=group)
