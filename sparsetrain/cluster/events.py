@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sparsetrain.cluster.hub import EventHub
 from sparsetrain.training.events import Event, StepDone
 
-_BATCH_EVERY_S = 0.2
+_BATCH_EVERY_S = 0.5
 
 
 def start_hub() -> Any:

@@ -89,9 +89,9 @@ def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[st
         if request.fitting(nodes) < request.workers and not _may_grow():
             raise ClusterError(_too_little(request, nodes, "the cluster has"))
         if time.monotonic() >= deadline:
+            shortage = _too_little(request, available_resources_per_node().values(), "free are")
             raise ClusterError(
-                f"cluster.workers={request.workers}: after cluster.start_timeout_s={timeout_s:g} s the cluster has "
-                f"room for {free}.\n{_too_little(request, available_resources_per_node().values(), 'free are')}"
+                f"{shortage} Or raise cluster.start_timeout_s={timeout_s:g}, and wait for what else runs there to end."
             )
         if not waiting:
             notify(f"the cluster has room for {free} of {request.workers} workers; waiting up to {timeout_s:g} s")
@@ -106,13 +106,11 @@ def _may_grow() -> bool:
 
 def _too_little(request: Request, nodes: Iterable[Mapping[str, float]], has: str) -> str:
     nodes = list(nodes)
-    asked = [f"cluster.cpus_per_worker={request.cpus_per_worker:g}"]
-    total = [f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"]
-    needs = [f"{request.workers * request.cpus_per_worker:g} CPUs"]
-    if request.gpus_per_worker:
-        asked.append(f"cluster.gpus_per_worker={request.gpus_per_worker:g}")
-        total.append(f"{sum(node.get('GPU', 0) for node in nodes):g} GPUs")
-        needs.append(f"{request.workers * request.gpus_per_worker:g} GPUs")
+    asked, needs, total = [], [], []
+    for name, each in request.per_worker.items():
+        asked.append(f"cluster.{name.lower()}s_per_worker={each:g}")
+        needs.append(_amount(request.workers * each, name))
+        total.append(_amount(sum(node.get(name, 0) for node in nodes), name))
     on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes"
     fitting = request.fitting(nodes)
     fix = f"lower cluster.workers to {fitting}" if fitting else "lower what each worker asks for"
@@ -120,3 +118,7 @@ def _too_little(request: Request, nodes: Iterable[Mapping[str, float]], has: str
         f"cluster.workers={request.workers} with {' and '.join(asked)} asks for {' and '.join(needs)}; "
         f"{has} {' and '.join(total)}{on}. To fix: {fix}, or use a larger machine or cluster."
     )
+
+
+def _amount(count: float, name: str) -> str:
+    return f"{count:g} {name}{'' if count == 1 else 's'}"

@@ -19,7 +19,11 @@ from sparsetrain.errors import RunFolderError
 from sparsetrain.training.events import CheckpointSaved, Event, Notice, RunStarted
 from sparsetrain.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quick.yaml"
 TWO_WORKERS = ("cluster.workers=2", "train.tokens=100Ki", "checkpoint.every_steps=10")
