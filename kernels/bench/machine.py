@@ -34,13 +34,13 @@ class Machine:
         return f"{device}{self.processor}, {self.num_cores} cores, {self.capability}; {packages}"
 
 
-def this_machine() -> Machine:
-    """Describe the machine that this process runs on."""
+def this_machine(device: str) -> Machine:
+    """Describe the machine that this process runs on; the GPU where that is what is measured."""
     return Machine(
         processor=_processor(),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         capability=_capability(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        gpu=torch.cuda.get_device_name() if device == "cuda" else None,
         versions=_versions(),
     )
 

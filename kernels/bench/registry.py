@@ -98,6 +98,8 @@ class Bench:
     """Few repetitions: for finding out whether a case runs, not for figures."""
     num_threads: int
     """Threads that torch may use in this process; a case that starts processes shares them out."""
+    device: str = "cpu"
+    """cpu or cuda; only cases registered for it are run."""
 
     @property
     def pairs(self) -> int:
@@ -130,18 +132,19 @@ class Case:
     name: str
     title: str
     rows: CaseFunction
+    devices: tuple[str, ...]
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, title: str) -> Callable[[CaseFunction], CaseFunction]:
+def case(name: str, title: str, devices: tuple[str, ...] = ("cpu",)) -> Callable[[CaseFunction], CaseFunction]:
     """Register a generator of rows under `name`, the word that selects it on the command line."""
 
     def register(rows: CaseFunction) -> CaseFunction:
         if name in CASES:
             raise ValueError(f"two benchmark cases are called {name}")
-        CASES[name] = Case(name, title, rows)
+        CASES[name] = Case(name, title, rows, devices)
         return rows
 
     return register

@@ -27,12 +27,12 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{case.name:24}{case.title}" for case in CASES.values()))
         return 0
-    machine = this_machine()
+    machine = this_machine(arguments.device)
     torch.set_num_threads(arguments.threads or machine.num_cores)
-    bench = Bench(quick=arguments.quick, num_threads=torch.get_num_threads())
+    bench = Bench(arguments.quick, torch.get_num_threads(), arguments.device)
     print(f"{machine}; {bench.num_threads} threads")
     rows, failed = [], []
-    for name in arguments.names or CASES:
+    for name in arguments.names:
         print(f"running {name}: {CASES[name].title}", file=sys.stderr, flush=True)
         found = _run(CASES[name], bench)
         if found is None:
@@ -66,13 +66,18 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="cases to run (default: all); see --list")
     parser.add_argument("--quick", action="store_true", help="few repetitions and no CSV: does it run?")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default: cpu)")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
     parser.add_argument("--threads", type=int, default=0, help="threads for torch (default: all cores)")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for CSVs (default: %(default)s)")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.names) - CASES.keys())
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here")
+    here = [name for name, case in CASES.items() if arguments.device in case.devices]
+    unknown = sorted(set(arguments.names) - set(here))
     if unknown:
-        parser.error(f"no case is called {', '.join(unknown)}; there are {', '.join(CASES)}")
+        parser.error(f"no case for {arguments.device} is called {', '.join(unknown)}; there are {', '.join(here)}")
+    arguments.names = arguments.names or here
     return arguments
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import NOT_COUNTED, Batch
+from sparsetrain.engines.allocator import keep_freed_memory
 from sparsetrain.engines.optimizer import build_optimizer
 from sparsetrain.models import Transformer, initialize_
 from sparsetrain.parallel import World, parallelize_data
@@ -32,6 +33,8 @@ class TorchEngine:
         self._world = world
         self._layout = config.parallel
         self._precision = config.train.precision
+        if world.device.type == "cpu":
+            keep_freed_memory()
         with torch.device("meta"):
             self._module = Transformer(config.model, vocab_size, max_seq_len)
         if config.train.activation_checkpointing:
