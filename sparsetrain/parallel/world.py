@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,22 +44,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, value: int) -> int:
-        """Largest value of any rank."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
@@ -74,7 +57,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
     A process group that is already there is used and left as it is; one that is made here is taken down again.
 
     Raises:
-        ClusterError: GPUs are asked for and this process sees none.
+        ClusterError: GPUs are asked for and there are none, or fewer than ranks; or the ranks cannot meet.
     """
     device = _device(config)
     made_here = not dist.is_initialized() and _needs_group(config)
@@ -100,7 +83,14 @@ def _init_process_group(config: RunConfig, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.cluster.collective_timeout_s)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ClusterError(
+                f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT = {where}: {str(error).splitlines()[0]}. Name a "
+                "port that is free (torchrun --standalone finds one), and the same address on every rank"
+            ) from error
     else:
         dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1, timeout=timeout)
 
@@ -113,6 +103,11 @@ def _device(config: RunConfig) -> torch.device:
             f"cluster.gpus_per_worker={config.cluster.gpus_per_worker:g}, and this process sees no CUDA device; "
             "set it to 0 to train on the CPU, or install a CUDA build of torch on a machine with a GPU"
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise ClusterError(
+            f"rank {local_rank} of this machine has no GPU: it has {num_devices}; start {num_devices} ranks at most"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

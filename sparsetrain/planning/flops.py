@@ -11,7 +11,7 @@ from math import prod
 from torch import nn
 
 from sparsetrain.models import Transformer
-from sparsetrain.sharding import canonical_name
+from sparsetrain.sharding import canonical_parameters
 
 _BACKWARD_AND_FORWARD = 3
 
@@ -143,4 +143,4 @@ def spdf_flops(
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {canonical_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in canonical_parameters(model)}

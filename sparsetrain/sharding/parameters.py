@@ -13,7 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from sparsetrain.errors import ShardingError
-from sparsetrain.sharding.shard import WeightShard, canonical_name
+from sparsetrain.sharding.names import canonical_parameters
+from sparsetrain.sharding.shard import WeightShard
 
 
 def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list[WeightShard]:
@@ -30,10 +31,10 @@ def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list
     moments = _moments_reader(optimizer)
     replica_rank = dist.get_rank(module.process_group) if isinstance(module, nn.parallel.DistributedDataParallel) else 0
     return [
-        _dtensor_shard(canonical_name(name), parameter, moments)
+        _dtensor_shard(name, parameter, moments)
         if isinstance(parameter, DTensor)
-        else _plain_shard(canonical_name(name), parameter, moments, replica_rank)
-        for name, parameter in module.named_parameters()
+        else _plain_shard(name, parameter, moments, replica_rank)
+        for name, parameter in canonical_parameters(module)
     ]
 
 

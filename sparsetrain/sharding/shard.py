@@ -13,17 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def canonical_name(name: str) -> str:
-    """The parameter's name in the bare model, without what DDP, torch.compile and checkpoint wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        if name.startswith(wrapper):
-            return canonical_name(name.removeprefix(wrapper))
-        name = name.replace(f".{wrapper}", ".")
-    return name
-
 
 @dataclass(frozen=True)
 class Rectangle:

@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsetrain.config import InvalidConfig, Problem, SparsityRule
 from sparsetrain.config.origin import KeyPath
-from sparsetrain.sharding import canonical_name
+from sparsetrain.sharding import canonical_modules
 from sparsetrain.sparsity.patterns import pattern_of
 
 _HEADS = ("head", "lm_head")
@@ -42,11 +42,11 @@ def describe_parameters(model: nn.Module) -> list[Parameter]:
     names: dict[int, list[str]] = {}
     owners: dict[int, list[nn.Module]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
+    for path, module in canonical_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
             parameters[id(parameter)] = parameter
             owners.setdefault(id(parameter), []).append(module)
-            names.setdefault(id(parameter), []).append(canonical_name(f"{path}.{leaf}" if path else leaf))
+            names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
     return [
         Parameter(
             name=names[key][0],

@@ -87,6 +87,8 @@ class Sparsifier:
         self.rules = tuple(rules)
         self.step = 0
         """Optimizer steps done in this phase."""
+        self.masks_changed = False
+        """Whether the latest of them was followed by new masks."""
         self._total_steps = total_steps
         self._seed = seed
         self._costs = costs
@@ -191,6 +193,7 @@ class Sparsifier:
             if self._zeroes_moments_each_step:
                 weight.zero_moments()
         due = self._due(self.step)
+        self.masks_changed = bool(due)
         for method, weights in due:
             update_masks(weights, method.next_masks(weights, self.step))
         if due:

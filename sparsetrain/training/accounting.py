@@ -6,7 +6,7 @@ from typing import Any
 from sparsetrain.config import TrainConfig
 from sparsetrain.planning.flops import ModelFlops
 from sparsetrain.sparsity import Sparsifier
-from sparsetrain.training.metrics import Throughput, mfu
+from sparsetrain.training.metrics import Throughput
 from sparsetrain.training.phase_plan import PhasePlan
 from sparsetrain.training.state import RunState
 from sparsetrain.training.step import StepResult
@@ -51,7 +51,7 @@ class Accountant:
         totals.executed_flops += model_flops + self._recomputed_per_token * result.num_tokens
         totals.dense_train_flops += model_flops
         totals.nonzero_steps += self._nonzero_parameters
-        self._densities = self._sparsity.densities()
+        self._densities = totals.layer_density = self._sparsity.densities()
         self._nonzero_parameters = self._nonzero_linear_parameters()
         state.final_loss = result.loss if result.is_finite else None
         row = {
@@ -62,11 +62,11 @@ class Accountant:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "tokens_per_s": self._meter.tokens_per_s,
-            "mfu": mfu(self._meter.executed_flops_per_s, 1.0, self._peak_flops),
+            "mfu": self._meter.executed_flops_per_s / self._peak_flops,
             "density": totals.density,
             "step_time_s": seconds,
         }
-        if self._sparsity.rules:
+        if self._sparsity.masks_changed:
             row["flip_rate"] = self._sparsity.flip_rate
         if state.bad_steps:
             row["bad_steps"] = state.bad_steps

@@ -27,4 +27,6 @@ def _sparsity(rules: str | tuple[SparsityRule, ...]) -> str:
         return "masks as they are"
     if not rules:
         return "dense: weights that were zero start at 0 and learn"
-    return ", ".join(f"{rule.method} to {rule.sparsity:.0%} ({rule.pattern}, {rule.schedule.kind})" for rule in rules)
+    rest = "the rest dense"
+    named = [f"{rule.method} to {rule.sparsity:.0%} ({rule.pattern}, {rule.schedule.kind})" for rule in rules]
+    return ", ".join([*named, rest])

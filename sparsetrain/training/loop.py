@@ -17,9 +17,10 @@ from sparsetrain.training.describe import describe_phase
 from sparsetrain.training.evaluation import evaluate
 from sparsetrain.training.events import EvalDone, Notice, PhaseStarted, Reporter, RunFinished, RunStarted, StepDone
 from sparsetrain.training.generation import sample_text
+from sparsetrain.training.memory import out_of_memory_advice
 from sparsetrain.training.phase_plan import PhasePlan, plan_phases
 from sparsetrain.training.preflight import preflight
-from sparsetrain.training.profiling import Profiler, out_of_memory_advice
+from sparsetrain.training.profiling import Profiler
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder
 from sparsetrain.training.setup import build_engine, max_seq_len, measure_peak
@@ -194,9 +195,7 @@ def _finish(run: Run, state: RunState, peak_flops: float) -> dict[str, Any]:
         max_tokens=SAMPLE_TOKENS,
         context=max_seq_len(run.config),
     )
-    return run.folder.finish(
-        run.config, state, peak_flops=peak_flops, density=run.sparsity.current.density, sample=sample
-    )
+    return run.folder.finish(run.config, state, peak_flops=peak_flops, sample=sample)
 
 
 @contextlib.contextmanager

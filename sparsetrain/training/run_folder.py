@@ -132,7 +132,7 @@ class RunFolder:
         on_first_rank(lambda: _describe_data(self.path, datasets))
 
     def finish(
-        self, config: RunConfig, state: RunState, *, peak_flops: float, density: float, sample: str | None
+        self, config: RunConfig, state: RunState, *, peak_flops: float, sample: str | None
     ) -> dict[str, Any]:
         """Work out the figures of a finished run and write summary.json; collective. Arguments as for `summarize`.
 
@@ -145,7 +145,7 @@ class RunFolder:
 
         def write() -> dict[str, Any]:
             rows = read_metrics(self.path)
-            summary = summarize(config, state, rows, peak_flops=peak_flops, density=density, sample=sample)
+            summary = summarize(config, state, rows, peak_flops=peak_flops, sample=sample)
             summary.save(self.path)
             return summary.to_json()
 

@@ -20,6 +20,8 @@ class PhaseTotals:
     nonzero_steps: float = 0.0
     """Sum over steps of the non-zero parameters in linear layers."""
     density: float = 1.0
+    layer_density: dict[str, float] = field(default_factory=dict)
+    """Of each weight that a rule owns, by name."""
     eval_before: float | None = None
     """Held-out bits per byte before the first step."""
     eval_after: float | None = None

@@ -13,6 +13,9 @@ from sparsetrain.training.lr_schedule import learning_rate
 from sparsetrain.training.phase_plan import PhasePlan
 from sparsetrain.training.state import RunState
 
+SAMPLES_SHOWN = 16
+"""Samples that are named when bad ones stop a run."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -63,7 +66,7 @@ def train_step(
         engine.skip_step()
         sparsifier.after_step()  # schedules go by steps, taken or not
         state.bad_steps += 1
-        _stop_beyond_limit(result, plan, train, state)
+        _stop_beyond_limit(result, dataset, plan, train, state)
     state.step += 1
     state.phase_step += 1
     return result
@@ -77,13 +80,17 @@ def micro_batches(dataset: Dataset, first: int, count: int, micro_batch_size: in
     return [dataset.batch(at, min(micro_batch_size, stop - at)) for at in range(start, stop, micro_batch_size)]
 
 
-def _stop_beyond_limit(result: StepResult, plan: PhasePlan, train: TrainConfig, state: RunState) -> None:
+def _stop_beyond_limit(
+    result: StepResult, dataset: Dataset, plan: PhasePlan, train: TrainConfig, state: RunState
+) -> None:
     if state.bad_steps <= train.max_bad_steps:
         return
-    last = result.first_sample + result.num_samples - 1
+    shown = dataset.batch(result.first_sample, min(result.num_samples, SAMPLES_SHOWN)).sample_ids.tolist()
+    more = f" and {result.num_samples - len(shown)} more" if result.num_samples > len(shown) else ""
     raise TrainingError(
-        f"loss {result.loss:g} and gradient norm {result.grad_norm:g} at step {state.step + 1}, and {state.bad_steps} "
-        f"steps had to be skipped, more than train.max_bad_steps={train.max_bad_steps}. The batch was samples "
-        f"{result.first_sample} to {last} of phase {plan.phase.name}. Lower optimizer.lr={plan.phase.optimizer.lr:g} "
-        "or optimizer.grad_clip, lengthen optimizer.schedule.warmup, or look at those samples"
+        f"loss {result.loss:g} and gradient norm {result.grad_norm:g} at step {state.step + 1}: {state.bad_steps} "
+        f"steps had to be skipped, more than train.max_bad_steps={train.max_bad_steps}. Lower "
+        f"optimizer.lr={plan.phase.optimizer.lr:g} or optimizer.grad_clip, or lengthen optimizer.schedule.warmup; if "
+        f"neither helps, look at the text: the batch was samples {', '.join(map(str, shown))}{more} of the corpus of "
+        f"phase {plan.phase.name}, each of {plan.seq_len} tokens"
     )

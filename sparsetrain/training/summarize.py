@@ -9,7 +9,7 @@ from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes, me
 
 
 def summarize(
-    config: RunConfig, state: RunState, rows: Sequence[Row], *, peak_flops: float, density: float, sample: str | None
+    config: RunConfig, state: RunState, rows: Sequence[Row], *, peak_flops: float, sample: str | None
 ) -> RunSummary:
     """Work out a finished run's figures.
 
@@ -18,7 +18,6 @@ def summarize(
         state: Its sums, all phases done.
         rows: metrics.jsonl, for the comparison of dense with sparse steps.
         peak_flops: Matmul peak of all ranks together, FLOP/s.
-        density: After the last step; 1 where no rule owns a weight.
         sample: Text that the trained model wrote.
     """
     totals = state.totals
@@ -34,7 +33,7 @@ def summarize(
         tokens=state.tokens,
         tokens_per_s=state.tokens / seconds if seconds else 0.0,
         mfu=mfu(sum(phase.model_flops for phase in totals), seconds, peak_flops),
-        density=density,
+        density=totals[-1].density,
         n_avg=sum(phase.nonzero_steps for phase in totals) / max(1, steps),
         train_flops=sum(phase.train_flops for phase in totals),
         executed_flops=executed,
@@ -57,6 +56,7 @@ def _phase(name: str, totals: PhaseTotals) -> PhaseSummary:
         eval_before=totals.eval_before,
         eval_after=totals.eval_after,
         density=totals.density,
+        layer_density=totals.layer_density,
         train_flops=totals.train_flops,
         executed_flops=totals.executed_flops,
         dense_train_flops=totals.dense_train_flops,

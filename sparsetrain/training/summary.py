@@ -4,7 +4,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,8 @@ class PhaseSummary:
     train_flops: float
     executed_flops: float
     dense_train_flops: float
+    layer_density: Mapping[str, float] = field(default_factory=dict)
+    """Density of each weight that a rule owns, by name, after the phase's last step."""
 
 
 @dataclass(frozen=True)

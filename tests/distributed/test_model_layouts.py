@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models import Transformer, initialize_
-from sparsetrain.sharding import canonical_name
+from sparsetrain.sharding import canonical_parameters
 from sparsetrain.testing import assert_close, run_distributed
 
 VOCAB, SEQ_LEN, BATCH = 128, 24, 4
@@ -63,14 +63,14 @@ def check_layouts_against_one_process():
         wanted = dict(oracle.named_parameters())
         for layout in LAYOUTS:
             model = layout(config)
-            for name, parameter in model.named_parameters():
-                assert_close(parameter, wanted[canonical_name(name)], rtol=0.0, atol=0.0)
+            for name, parameter in canonical_parameters(model):
+                assert_close(parameter, wanted[name], rtol=0.0, atol=0.0)
             loss = model(tokens[mine], targets[mine])
             (loss * size).backward()  # data parallelism averages over ranks; the sum is wanted
             dist.all_reduce(loss.detach_())
             assert_close(loss, expected)
-            for name, parameter in model.named_parameters():
-                assert_close(parameter.grad, wanted[canonical_name(name)].grad, rtol=1e-4, atol=1e-5)
+            for name, parameter in canonical_parameters(model):
+                assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_loss_and_gradients_do_not_depend_on_the_layout():

@@ -3,12 +3,13 @@
 import itertools
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sparsetrain.errors import ConfigError, RunFolderError, TrainingError
+from sparsetrain.errors import ClusterError, ConfigError, RunFolderError, TrainingError
 from sparsetrain.training import evaluate_run, generate_text, preflight, train
 from sparsetrain.training.events import EvalDone, Event, Notice, PhaseStarted, RunFinished, RunStarted, StepDone
 from tests.training_runs import losses_of, rows_of, tiny_config, write_corpus
@@ -65,6 +66,32 @@ def test_a_finished_run_resumes_to_nothing_left_to_do(finished: Path, corpus: Pa
     assert not any(isinstance(event, StepDone | EvalDone) for event in events)
     assert isinstance(events[-1], RunFinished)
     assert losses_of(tmp_path / "run") == losses_of(finished)
+
+
+def test_a_finished_sparse_run_keeps_its_figures_when_it_is_resumed(corpus: Path, tmp_path: Path) -> None:
+    config = tiny_config(corpus, output=str(tmp_path / "run"), train__phases=[])
+    before = train(config)
+    assert before["density"] == pytest.approx(0.25, abs=1e-3)
+    assert before["phases"][0]["layer_density"].keys() >= {"layers.0.attention.q.weight", "layers.1.ffn.down.weight"}
+    assert train(config, on_existing="resume") == {**before, "resumed": True}
+
+
+def test_the_first_phase_sees_the_same_samples_whatever_follows(corpus: Path) -> None:
+    alone, followed = (
+        preflight(tiny_config(corpus, seed=5, **changes)).datasets for changes in ({"train__phases": []}, {})
+    )
+    assert alone[0].batch(0, 8).sample_ids.tolist() == followed[0].batch(0, 8).sample_ids.tolist()
+    assert followed[0].batch(0, 8).sample_ids.tolist() != followed[1].batch(0, 8).sample_ids.tolist()
+
+
+def test_a_port_in_use_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in meeting.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ClusterError, match=rf"127\.0\.0\.1:{port}(.|\n)*Name a port"):
+            train(tiny_config(corpus, output=str(tmp_path / "run")))
 
 
 def test_an_existing_run_is_not_overwritten_unasked(finished: Path, corpus: Path) -> None:
@@ -153,7 +180,9 @@ def test_training_can_start_from_another_runs_weights(corpus: Path, finished: Pa
 
 def test_losses_that_are_not_finite_are_skipped_and_then_stop_the_run(corpus: Path, tmp_path: Path) -> None:
     config = tiny_config(corpus, output=str(tmp_path / "run"), optimizer__lr=1e30, train__max_bad_steps=2)
-    with pytest.raises(TrainingError, match=r"3 steps had to be skipped(.|\n)*samples \d+ to \d+ of phase pretrain"):
+    with pytest.raises(
+        TrainingError, match=r"3 steps had to be skipped(.|\n)*samples \d+, \d+(.|\n)* of phase pretrain"
+    ):
         train(config)
     bad = [row for row in rows_of(config.output) if row.get("bad_steps")]
     assert len(bad) == 2
