@@ -46,6 +46,7 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
     yield from _batches(config)
     yield from _phase_names(config)
     yield from _tokenizers(config)
+    yield from _holdouts(config)
     yield from _vocabulary(config)
     yield from _resources(config)
 
@@ -114,6 +115,14 @@ def _tokenizers(config: RunConfig) -> Iterator[Conflict]:
             path = (*_phase(index), "data", "tokenizer")
             message = "differs from data.tokenizer, and the model has one vocabulary; remove it from this phase"
             yield Conflict(path, phase.data.tokenizer.kind, message, (("data", "tokenizer"),))
+
+
+def _holdouts(config: RunConfig) -> Iterator[Conflict]:
+    for index, phase in enumerate(config.train.phases, start=1):
+        if phase.data.holdout != config.data.holdout:
+            path = (*_phase(index), "data", "holdout")
+            message = "differs from data.holdout, and every phase holds out the same documents; remove it here"
+            yield Conflict(path, phase.data.holdout, message, (("data", "holdout"),))
 
 
 def _vocabulary(config: RunConfig) -> Iterator[Conflict]:

@@ -44,6 +44,10 @@ train:
         ),
         ("train.phases.0.name=pretrain", "train.phase_name has the same name; give each phase its own"),
         ("train.phases.0.data.tokenizer={kind: bpe}", "differs from data.tokenizer, and the model has one vocabulary"),
+        (
+            "train.phases.0.data.holdout=0.1",
+            "train.phases.0.data.holdout=0.1: differs from data.holdout, and every phase holds out the same documents",
+        ),
         ("model.vocab_size=256", "the bytes tokenizer has 257 tokens; write at least that, or remove the key"),
         ("cluster.cpus_per_worker=1.5", "above 1 it must be a whole number"),
         ("cluster.gpus_per_worker=2", "a worker drives one GPU: write 1 (or 0 for none), and set cluster.workers"),
