@@ -1,5 +1,6 @@
 """What every section of the config has in common."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError
@@ -26,14 +27,27 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            from sparsetrain.config.explain import (
-                invalid_section,  # explain reads the schema, which stands on this file
-            )
-
-            raise invalid_section(type(self), values, error) from None
+            if _explain is None:
+                raise
+            raise _explain(type(self), values, error) from None
 
     # Lets pydantic build nested sections without coming through here, so that it collects all errors before it raises.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+Explain = Callable[[type[Section], dict[str, Any], ValidationError], Exception]
+"""From a section, what it was made of and what pydantic found wrong, the error that a person reads."""
+
+_explain: Explain | None = None
+
+
+def explain_with(explain: Explain) -> None:
+    """Set how the constructors of sections explain what is wrong.
+
+    A hook, because the explanation needs the whole schema, and the schema stands on this file.
+    """
+    global _explain
+    _explain = explain
 
 
 class KeyConflict(ValueError):
@@ -49,3 +63,8 @@ class KeyConflict(ValueError):
 def kind_from_text(value: Any) -> Any:
     """Let `uniform` stand for `{kind: uniform}`: the short form of a section that needs nothing else."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+def one_or_many(value: Any) -> Any:
+    """Let one value stand for a list of it."""
+    return [value] if isinstance(value, str | dict | Section) else value

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sparsetrain.config.base import Real, Section, kind_from_text
+from sparsetrain.config.base import Real, Section, kind_from_text, one_or_many
 from sparsetrain.config.units import Count
 
 
@@ -101,14 +101,10 @@ Tokenizer = Annotated[
 ]
 
 
-def _sources_from_one(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict | _Source) else value
-
-
 class DataConfig(Section):
     """A mixture of sources, tokenized and packed into samples of `seq_len` tokens."""
 
-    source: Annotated[tuple[Source, ...], BeforeValidator(_sources_from_one), Field(min_length=1)] = (PythonStdlib(),)
+    source: Annotated[tuple[Source, ...], BeforeValidator(one_or_many), Field(min_length=1)] = (PythonStdlib(),)
     """One source or a list of them, mixed by their weights."""
     tokenizer: Tokenizer = ByteTokenizer()
     seq_len: Count = Field(default=256, gt=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparsetrain.config.base import KeyConflict, Section
+from sparsetrain.config.base import KeyConflict, Section, explain_with
 from sparsetrain.config.navigate import kinds_of, nearest, section_at, sections_in, suggest_key
 from sparsetrain.config.origin import KeyPath, Origins, origin_of, run_wide
 from sparsetrain.config.problem import ABSENT, InvalidConfig, Problem
@@ -38,6 +38,9 @@ def invalid_section(section: type[Section], values: Mapping[str, Any], error: Va
     """The error for a section that was made in Python, not read from a file."""
     raw = complete(values) if section is RunConfig else values
     return InvalidConfig(section.__name__, problems_of(error, raw, top=section))
+
+
+explain_with(invalid_section)
 
 
 def value_at(raw: Any, path: KeyPath) -> Any:

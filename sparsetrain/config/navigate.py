@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, get_args
 
-from sparsetrain.config.base import Section
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
+from sparsetrain.config.base import Section, one_or_many
 from sparsetrain.config.origin import KeyPath
 from sparsetrain.config.run import RunConfig
 
@@ -65,9 +68,20 @@ def section_at(path: KeyPath, raw: Any, top: type[Section] = RunConfig) -> type[
 
 def is_list(path: KeyPath, raw: Any) -> bool:
     """Whether the schema allows a list at `path`."""
-    parent = section_at(path[:-1], raw)
-    field = parent.model_fields.get(str(path[-1])) if parent else None
+    field = _field_at(path, raw)
     return field is not None and "tuple[" in str(field.annotation)
+
+
+def is_one_or_many(path: KeyPath, raw: Any) -> bool:
+    """Whether the schema allows at `path` a list as well as one item of it alone."""
+    field = _field_at(path, raw)
+    marks = field.metadata if field else []
+    return any(isinstance(mark, BeforeValidator) and mark.func is one_or_many for mark in marks)
+
+
+def _field_at(path: KeyPath, raw: Any) -> FieldInfo | None:
+    parent = section_at(path[:-1], raw)
+    return parent.model_fields.get(str(path[-1])) if parent else None
 
 
 def sections_in(annotation: Any) -> list[type[Section]]:

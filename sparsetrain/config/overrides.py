@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from sparsetrain.config.navigate import is_list, section_at
+from sparsetrain.config.navigate import is_list, is_one_or_many, section_at
 from sparsetrain.config.origin import KeyPath, OverridePosition, dotted
 from sparsetrain.config.problem import Problem
 from sparsetrain.config.yaml_file import ParsedYaml, parse_yaml
@@ -20,9 +20,11 @@ def apply_overrides(parsed: ParsedYaml, overrides: Sequence[str]) -> ParsedYaml:
     result = ParsedYaml(copy.deepcopy(parsed.value), dict(parsed.origins), list(parsed.problems))
     for text in overrides:
         where = OverridePosition(text)
+        changed = copy.deepcopy(result)  # an override that fails halfway leaves no sections that it has begun
         try:
             path, value = _parse(text)
-            _put(result, path, value, where)
+            _put(changed, path, value, where)
+            result = changed
         except ConfigError as error:
             result.problems.append(Problem((), str(error), where))
     return result
@@ -48,14 +50,21 @@ def _put(result: ParsedYaml, path: KeyPath, new: ParsedYaml, where: OverridePosi
         node = _open(result, node, here, element)
         if last:
             node[element] = new.value
-        elif isinstance(node, dict) and node.get(element) is None:
-            node[element] = [] if is_list(path[: depth + 1], result.value) else {}
+        elif (node.get(element) if isinstance(node, dict) else node[element]) is None:
+            node[element] = _begin(path[: depth + 1], path[depth + 1], result.value)
             result.origins[path[: depth + 1]] = where
         node = node[element]
     for known in [known for known in result.origins if known[: len(path)] == path]:
         del result.origins[known]
     result.origins[path] = where
     result.origins.update({(*path, *inner): where for inner in new.origins})
+
+
+def _begin(path: KeyPath, inside: str | int, raw: Any) -> Any:
+    """What to begin at `path`, where nothing is yet, so that it can hold `inside`."""
+    if is_one_or_many(path, raw):
+        return {} if isinstance(inside, str) else [None] if inside == 0 else []
+    return [] if is_list(path, raw) else {}
 
 
 def _open(result: ParsedYaml, node: Any, here: KeyPath, element: str | int) -> Any:

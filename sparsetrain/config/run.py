@@ -52,7 +52,7 @@ class BatchRamp(Section):
     """Fraction of the phase's tokens over which the batch grows to train.batch_tokens."""
 
 
-PhaseSparsity = Annotated[
+KeepOrRules = Annotated[
     Annotated[Literal["keep"], Tag("<keep>")] | Annotated[tuple[SparsityRule, ...], Tag("<rules>")],
     Discriminator(lambda value: "<keep>" if isinstance(value, str) else "<rules>"),
 ]
@@ -66,12 +66,13 @@ class PhaseConfig(Section):
     """What the phase is called in the display, the metrics and the plots."""
     tokens: Count = Field(gt=0)
     """Tokens of the phase, rounded up to whole steps."""
-    sparsity: PhaseSparsity = "keep"
+    sparsity: KeepOrRules = "keep"
     """keep: the masks stay as the phase before left them. []: dense, zeroed weights start at 0 and learn."""
     data: DataConfig
     optimizer: OptimizerConfig
     optimizer_state: Literal["reset", "keep"] = "reset"
-    """What becomes of Adam's moments and step count; the learning-rate schedule always starts anew."""
+    """What becomes of Adam's moments and step count. The learning-rate schedule always begins anew, because it spans
+    the phase."""
 
 
 class TrainConfig(Section):
@@ -84,6 +85,7 @@ class TrainConfig(Section):
     micro_batch_size: Int = Field(default=8, gt=0)
     """Samples a rank runs through the model at once; smaller needs less memory."""
     batch_ramp: BatchRamp | None = None
+    """Of the first phase; later ones have batches of batch_tokens from their first step."""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16: autocast with fp32 weights."""
     compile: bool = False
@@ -227,13 +229,33 @@ def complete(raw: Any) -> Any:
 def _complete_phase(raw: dict[str, Any], phase: Any) -> Any:
     if not isinstance(phase, dict):
         return phase
-    return {**phase, **{key: _merge(raw.get(key) or {}, phase.get(key) or {}) for key in ("data", "optimizer")}}
+    sections: dict[str, type[Section]] = {"data": DataConfig, "optimizer": OptimizerConfig}
+    inherited = {key: _with_defaults(section, raw.get(key) or {}) for key, section in sections.items()}
+    return {**phase, **{key: _merge(inherited[key], phase.get(key) or {}) for key in sections}}
+
+
+def _with_defaults(section: type[Section], written: Any) -> Any:
+    """Fill in what a section of which no key is required says by leaving keys out, its `kind` above all.
+
+    Where there is a choice of sections, what is written stays as it is, for the schema to refuse if it has no `kind`.
+    """
+    written = _plain(written)
+    if not isinstance(written, dict):
+        return written
+    values = section().model_dump()
+    for key, value in written.items():
+        inside = section.model_fields[key].annotation if key in section.model_fields else None
+        if isinstance(inside, type) and issubclass(inside, Section):
+            value = _with_defaults(inside, value)
+        values[key] = value
+    return values
 
 
 def _merge(base: Any, override: Any) -> Any:
     """Deep merge of sections, in which one that changes its `kind` starts from nothing."""
-    base = base.model_dump() if isinstance(base, Section) else base
-    override = override.model_dump() if isinstance(override, Section) else override
+    base, override = _plain(base), _plain(override)
+    if isinstance(base, list | tuple) and len(base) == 1 and isinstance(override, dict):
+        return _merge(base[0], override)  # one source, which a list of one stands for
     if isinstance(base, str) and isinstance(override, dict):
         base = tokenizer_from_text(base)
     if not isinstance(base, dict) or not isinstance(override, dict):
@@ -242,3 +264,7 @@ def _merge(base: Any, override: Any) -> Any:
         return override
     changed = {key: _merge(base.get(key), value) for key, value in override.items()}
     return {**base, **changed}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Section) else value

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from sparsetrain.config.base import Int, KeyConflict, Section, kind_from_text
+from sparsetrain.config.base import Int, KeyConflict, Section, kind_from_text, one_or_many
 
 Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 Sparsity = Annotated[float, Strict(), Field(ge=0.0, lt=1.0)]
@@ -107,7 +107,7 @@ Schedule = Annotated[
 class SparsityRule(Section):
     """The weights that some globs name, and how they become sparse."""
 
-    params: tuple[str, ...] = Field(min_length=1)
+    params: Annotated[tuple[str, ...], BeforeValidator(one_or_many), Field(min_length=1)]
     """Globs over parameter names; `.weight` may be left out. Embeddings, norms, biases and the head are matched only by
     a glob whose last part spells them out."""
     method: Literal["static", "prune"]
@@ -129,11 +129,6 @@ class SparsityRule(Section):
             if match is None or "0" in match.groups():
                 raise ValueError("expected unstructured or block[rows,cols], for example block[64,64]")
         return pattern
-
-    @field_validator("params", mode="before")
-    @classmethod
-    def _one_or_many(cls, params: object) -> object:
-        return (params,) if isinstance(params, str) else params
 
     @model_validator(mode="after")
     def _method_fits_schedule(self) -> Self:

@@ -1,5 +1,7 @@
 """What is wrong with the values of a config, in the words that a person reads."""
 
+import ast
+import graphlib
 import pickle
 import subprocess
 import sys
@@ -10,11 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sparsetrain.config as config_module
 from sparsetrain.config import (
     DataConfig,
     InvalidConfig,
     ModelConfig,
     Problem,
+    PythonStdlib,
     RunConfig,
     SparsityRule,
     load_config,
@@ -314,6 +318,51 @@ def test_a_phase_that_changes_the_kind_of_a_section_takes_nothing_from_the_other
     assert load_config(path).phases[1].optimizer.schedule.final == 0.1
 
 
+@pytest.mark.parametrize(
+    ("run", "phase", "expected"),
+    [
+        ("{schedule: {warmup: 0.3}}", "{schedule: {kind: cosine}}", ("cosine", 0.3, 0.1)),
+        ("{schedule: {warmup: 0.3}}", "{schedule: {final: 0.5}}", ("cosine", 0.3, 0.5)),
+        ("{schedule: {warmup: 0.3}}", "{schedule: {kind: linear}}", ("linear", 0.02, 0.1)),
+        ("{schedule: {kind: linear, warmup: 0.3}}", "{schedule: {kind: cosine}}", ("cosine", 0.02, 0.1)),
+        ("{lr: 1.0}", "{schedule: {warmup: 0.3}}", ("cosine", 0.3, 0.1)),
+    ],
+)
+def test_a_kind_that_the_run_leaves_out_is_its_default(
+    tmp_path: Path, run: str, phase: str, expected: tuple[str, float, float]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        RUN.replace("{lr: 6e-4}", run) + f"  phases: [{{name: b, tokens: 1Ki, optimizer: {phase}}}]\n",
+    )
+
+    schedule = load_config(path).phases[1].optimizer.schedule
+
+    assert (schedule.kind, schedule.warmup, schedule.final) == expected
+
+
+@pytest.mark.parametrize("source", ["", "source: python-stdlib", "source: [{kind: python-stdlib}]"])
+def test_a_phase_changes_a_part_of_the_one_source(tmp_path: Path, source: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        RUN.replace("{seq_len: 256}", f"{{{source}}}")
+        + "  phases: [{name: b, tokens: 1Ki, data: {source: {part: prose}}}]\n"
+    )
+
+    (of_run,), (of_phase,) = (phase.data.source for phase in load_config(path).phases)
+
+    assert of_run == PythonStdlib()
+    assert of_phase == PythonStdlib(part="prose")
+
+
+def test_a_kind_that_must_be_written_is_missed_once_and_in_the_run(mistakes: Mistakes) -> None:
+    phases = "  phases: [{name: b, tokens: 1Ki}]\n"
+
+    (line,) = mistakes(RUN.replace("{seq_len: 256}", "{tokenizer: {vocab_size: 512}}") + phases)
+
+    assert line.startswith("bad.yaml:11: data.tokenizer.kind: missing; expected one of")
+
+
 def test_output_follows_the_name(smallest: Path) -> None:
     assert load_config(smallest).output == "runs/tiny"
     assert load_config(smallest, ["output=elsewhere"]).output == "elsewhere"
@@ -416,6 +465,22 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(data: st.DataObject, tmp_pa
     except ConfigError:
         return
     assert config.train.batch_tokens % config.data.seq_len == 0
+
+
+def test_config_modules_import_each_other_in_one_direction() -> None:
+    """Imports inside functions count, and so do those for type checkers."""
+    folder = Path(config_module.__file__).parent
+    imports = {
+        f"sparsetrain.config.{file.stem}": {
+            node.module
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module and file.stem != "__init__"
+        }
+        for file in folder.glob("*.py")
+    }
+    ours = {name: modules & imports.keys() for name, modules in imports.items()}
+
+    assert "sparsetrain.config.base" in set(graphlib.TopologicalSorter(ours).static_order())
 
 
 def test_reading_a_config_does_not_import_torch(smallest: Path) -> None:
