@@ -1,6 +1,5 @@
 """The command line. Each command imports what it needs when it runs, so that a mistake in a YAML is told at once."""
 
-import math
 import os
 import sys
 import traceback
@@ -180,7 +179,7 @@ def evaluate(run: RunFolderPath) -> None:
 
     for phase, result in evaluate_run(run).items():
         typer.echo(
-            f"{phase}: loss {result.loss:.4f}, perplexity {math.exp(result.loss):.2f}, "
+            f"{phase}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte ({result.num_tokens} held-out tokens)"
         )
 

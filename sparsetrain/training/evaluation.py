@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsetrain.data import NOT_COUNTED, Batch, Dataset
 from sparsetrain.parallel import World
+from sparsetrain.training.perplexity import perplexity
 
 LossOf = Callable[[Batch], Tensor]
 """A batch to the sum of the losses over its counted targets, 0-d."""
@@ -26,7 +27,7 @@ class EvalResult:
     @property
     def perplexity(self) -> float:
         """e^loss, a token."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
 
 def evaluate(loss_of: LossOf, dataset: Dataset, world: World, *, batch_size: int, max_tokens: int) -> EvalResult | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sparsetrain.training.perplexity import perplexity
+
 
 @dataclass(frozen=True)
 class RunStarted:
@@ -61,7 +63,7 @@ class EvalDone:
     @property
     def perplexity(self) -> float:
         """e^loss, a token."""
-        return float(2.718281828459045**self.loss)
+        return perplexity(self.loss)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ def duration(seconds: float) -> str:
 
 
 def scaled(value: float) -> str:
-    """Three digits and a unit of powers of ten: `812`, `23.1k`, `1.52G`."""
+    """Three digits and a unit of powers of ten: `812`, `23.1k`, `1.52G`; a dash for what is not finite."""
+    if not math.isfinite(value):
+        return MISSING
     for power, unit in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 0.9995 * 10**power:
             return _three_digits(value / 10**power) + unit

@@ -11,7 +11,13 @@ from rich.text import Text
 
 from sparsetrain.training.events import EvalDone, Event, Notice, PhaseStarted, RunFinished, RunStarted
 from sparsetrain.training.formatting import duration, percent, scaled, step_figures
-from sparsetrain.training.progress import RunState, describe_data, describe_end, describe_evaluation, describe_run
+from sparsetrain.training.progress_state import (
+    ProgressState,
+    describe_data,
+    describe_end,
+    describe_evaluation,
+    describe_run,
+)
 
 _REFRESHES_PER_S = 4
 _MARGIN = (0, 1)
@@ -20,7 +26,7 @@ _MARGIN = (0, 1)
 class LiveView:
     """Redraws phase, bar and figures; what stays true is printed once, above."""
 
-    def __init__(self, console: Console, state: RunState) -> None:
+    def __init__(self, console: Console, state: ProgressState) -> None:
         self._console = console
         self._state = state
         self._spinner = Spinner("dots", style="cyan")

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from sparsetrain.parallel import World
@@ -46,14 +45,3 @@ class Profiler:
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
-
-
-def out_of_memory_advice(error: BaseException, micro_batch_size: int) -> str | None:
-    """Say which setting to lower if `error` means that memory has run out; None if it means something else."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    if not (on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)):
-        return None
-    return (
-        f"out of memory with train.micro_batch_size={micro_batch_size}: lower it (train.batch_tokens "
-        "stays the same), set train.activation_checkpointing=true, or spread the weights with parallel.shard=full"
-    )

@@ -1,7 +1,6 @@
 """The progress of a run: a live display on a terminal, sparse plain lines anywhere else."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
@@ -19,80 +18,22 @@ from sparsetrain.training.events import (
     RunStarted,
     StepDone,
 )
-from sparsetrain.training.formatting import duration, percent, quantity, scaled, step_figures
+from sparsetrain.training.formatting import duration, percent, step_figures
+from sparsetrain.training.live_view import LiveView
+from sparsetrain.training.progress_state import (
+    ProgressState,
+    describe_data,
+    describe_end,
+    describe_evaluation,
+    describe_run,
+)
 
-_PACE_STEPS = 200
 _LINES_A_RUN = 50
 _LINE_EVERY_S = 10.0
 
 
-class RunState:
-    """What is known of a run from the events so far.
-
-    Args:
-        clock: Seconds from any origin.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.began = clock()
-        self.run: RunStarted | None = None
-        self.phase: PhaseStarted | None = None
-        self.step: StepDone | None = None
-        self.evaluation: EvalDone | None = None
-        self.evaluation_at_start: EvalDone | None = None
-        self.checkpoint: CheckpointSaved | None = None
-        self.data: DataProgress | None = None
-        self.is_finished = False
-        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_STEPS)
-
-    def take(self, event: Event) -> None:
-        """Take in one event."""
-        match event:
-            case RunStarted():
-                self.run, self.data = event, None
-                self._pace.clear()
-            case PhaseStarted():
-                self.phase, self.data, self.evaluation_at_start = event, None, None
-            case StepDone():
-                self.step, self.data = event, None
-                self._pace.append((self.clock(), self.tokens))
-            case EvalDone():
-                self.evaluation = event
-                if event.when == "start":
-                    self.evaluation_at_start = event
-            case CheckpointSaved():
-                self.checkpoint = event
-            case DataProgress():
-                self.data = event
-            case RunFinished():
-                self.is_finished = True
-            case Notice():
-                pass
-
-    @property
-    def tokens(self) -> int:
-        """Training tokens so far, over all phases."""
-        return int(self.step.row["tokens"]) if self.step else 0
-
-    @property
-    def share_done(self) -> float:
-        """Share of the run's tokens that are done."""
-        return min(1.0, self.tokens / self.run.total_tokens) if self.run else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Time to the end at the pace of the last steps, evaluations and checkpoints among them included."""
-        if self.run is None or len(self._pace) < 2:
-            return None
-        (earlier, tokens_then), (later, tokens_now) = self._pace[0], self._pace[-1]
-        if later <= earlier or tokens_now <= tokens_then:
-            return None
-        return max(0, self.run.total_tokens - tokens_now) * (later - earlier) / (tokens_now - tokens_then)
-
-
 class View(Protocol):
-    """Shows a RunState to somebody."""
+    """Shows a ProgressState to somebody."""
 
     def start(self) -> None:
         """Begin to show."""
@@ -117,13 +58,11 @@ class ProgressDisplay:
 
     def __init__(self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         console = console or Console()
-        self._state = RunState(clock)
+        self._state = ProgressState(clock)
         self._notices: set[str] = set()
         self._view: View
         # FORCE_COLOR makes rich call any pipe a terminal, and a log file of cursor movements helps nobody.
         if console.is_interactive and console.file.isatty():
-            from sparsetrain.training.live_view import LiveView
-
             self._view = LiveView(console, self._state)
         else:
             self._view = PlainView(console, self._state)
@@ -154,7 +93,7 @@ class ProgressDisplay:
 class PlainView:
     """One line for what matters, none of it twice, no control codes: for log files and pipes."""
 
-    def __init__(self, console: Console, state: RunState) -> None:
+    def __init__(self, console: Console, state: ProgressState) -> None:
         self._console = console
         self._state = state
         self._last_line = -_LINE_EVERY_S
@@ -214,32 +153,3 @@ class PlainView:
     def _print(self, line: str) -> None:
         self._last_line = self._state.clock()
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def describe_run(run: RunStarted) -> str:
-    """What is trained, on what, and where it is kept."""
-    facts = [
-        f"{scaled(run.num_parameters)} parameters",
-        f"{scaled(run.total_tokens)} tokens",
-        f"{run.device} at {quantity(run.matmul_peak_flops, 'FLOP/s')}",
-        run.folder,
-    ]
-    if run.resumed_from_step is not None:
-        facts.append(f"resumed from step {run.resumed_from_step}")
-    return " · ".join(facts)
-
-
-def describe_evaluation(event: EvalDone) -> str:
-    """Bits per byte, loss and perplexity of one evaluation."""
-    return f"{event.bits_per_byte:.3f} bits/byte · loss {event.loss:.3f} · perplexity {scaled(event.perplexity)}"
-
-
-def describe_data(event: DataProgress) -> str:
-    """How many bytes are done."""
-    done = quantity(event.done, "B")
-    return done if event.total is None else f"{done} of {quantity(event.total, 'B')}"
-
-
-def describe_end(state: RunState) -> str:
-    """One line about a run that has finished."""
-    return f"finished: {scaled(state.tokens)} tokens in {duration(state.clock() - state.began)}"
