@@ -187,7 +187,7 @@ def read_tokenizer_file(path: str, end_of_document: str | None) -> SubwordTokeni
     return SubwordTokenizer(_parse(text, f"data.tokenizer.path={path}"), end_of_document, name=path)
 
 
-def tokenizer_from_json(value: dict[str, Any]) -> Tokenizer:
+def tokenizer_from_json(value: Any) -> Tokenizer:
     """Make the tokenizer that `Tokenizer.to_json` described.
 
     Raises:
@@ -199,7 +199,8 @@ def tokenizer_from_json(value: dict[str, Any]) -> Tokenizer:
         case {"kind": "subword", "name": str(name), "end_of_document": str(end), "tokenizer": dict(inner)}:
             return SubwordTokenizer(_parse(json.dumps(inner), name), end, name)
         case _:
-            raise DataError(f"expected a saved tokenizer and found the keys {sorted(value)}")
+            found = f"the keys {sorted(value)}" if isinstance(value, dict) else type(value).__name__
+            raise DataError(f"expected a saved tokenizer and found {found}")
 
 
 def _parse(text: str, where: str) -> tokenizers.Tokenizer:

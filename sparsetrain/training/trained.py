@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsetrain.checkpoint import load_weights
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import Batch, Tokenizer, tokenizer_from_json
-from sparsetrain.errors import RunFolderError
+from sparsetrain.errors import DataError, RunFolderError
 from sparsetrain.models import Transformer
 from sparsetrain.parallel import World
 from sparsetrain.sharding import weight_shards
@@ -35,7 +35,7 @@ class TrainedRun:
         """Open a run folder's newest intact checkpoint, on the GPU if there is one.
 
         Raises:
-            RunFolderError: It is not a run folder.
+            RunFolderError: It is not a run folder, or its tokenizer is damaged.
             CheckpointError: It has no intact checkpoint.
         """
         folder = Path(folder)
@@ -43,7 +43,7 @@ class TrainedRun:
             if not (folder / name).is_file():
                 raise RunFolderError(f"{folder}: not a run folder, {name} is missing; name the output folder of a run")
         config = load_config(folder / CONFIG_FILE)
-        tokenizer = tokenizer_from_json(json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8")))
+        tokenizer = _load_tokenizer(folder / TOKENIZER_FILE)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Transformer(config.model, vocab_rows(config, tokenizer.vocab_size), max_seq_len(config))
         checkpoint = load_weights(folder, weight_shards(model))
@@ -66,6 +66,16 @@ class TrainedRun:
         batch = batch.to(self.device)
         loss: Tensor = self.model(batch.tokens, batch.targets, batch.document_ids)
         return loss
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return tokenizer_from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, DataError) as error:
+        raise RunFolderError(
+            f"{path}: cannot be read ({error}); to write it anew: "
+            f"sparsetrain train {path.parent / CONFIG_FILE} --resume"
+        ) from error
 
 
 def evaluate_run(folder: Path) -> dict[str, EvalResult]:
