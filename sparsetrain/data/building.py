@@ -33,7 +33,8 @@ class _Meter:
 
     def add(self, num_bytes: int) -> None:
         self.done += num_bytes
-        if self.done - self.shown >= _SHOW_EVERY_BYTES or self.done == self.total:
+        news = self.done - self.shown  # none where a compressed file is all in the buffer: the rest costs no bytes
+        if news >= _SHOW_EVERY_BYTES or (news and self.done == self.total):
             self.shown = self.done
             self.on_progress(self.stage, self.done, self.total)
 
@@ -48,7 +49,11 @@ def source_hash(source: Source, cache: Path, on_progress: Progress) -> str:
     remembered = cache / "stamps" / stamp if stamp else None
     if remembered is not None and remembered.is_file():
         return remembered.read_text()
-    digest = source.content_hash(_Meter(f"reading {source.label}", source.total_bytes, on_progress).add)
+    meter = _Meter(f"reading {source.label}", source.total_bytes, on_progress)
+    try:
+        digest = source.content_hash(meter.add)
+    except OSError as error:
+        raise _unreadable(source, error) from error
     if remembered is not None:
         remember(remembered, digest)
     return digest
@@ -109,10 +114,18 @@ def _training_documents(source: Source, holdout: float, meter: _Meter) -> Iterat
 
 def _documents(source: Source, meter: _Meter) -> Iterator[Document]:
     """The documents of a source that say something."""
-    for document in source.documents():
+    for document in _read(source):
         meter.add(document.num_bytes)
         if document.text.strip():
             yield document
+
+
+def _read(source: Source) -> Iterator[Document]:
+    """The documents of a source; a disk or network that fails meanwhile is the source's error, not the cache's."""
+    try:
+        yield from source.documents()
+    except OSError as error:
+        raise _unreadable(source, error) from error
 
 
 def _write_shard(prefix: Path, source: Source, content: str, tokenizer: Tokenizer, on_progress: Progress) -> None:
@@ -139,6 +152,13 @@ def _write_shard(prefix: Path, source: Source, content: str, tokenizer: Tokenize
         "tokens": num_tokens,
     }
     write_sidecars(prefix, info, records)
+
+
+def _unreadable(source: Source, error: OSError) -> DataError:
+    return DataError(
+        f"data.source {source.label}: cannot be read ({error}); check that its files are still there and their disk is "
+        "sound"
+    )
 
 
 def _empty(source: Source) -> DataError:

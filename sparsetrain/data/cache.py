@@ -36,7 +36,8 @@ def build_once(cache: Path, name: str, build: Callable[[Path], None], on_progres
         on_progress: Told when another process is building the folder and this one waits.
 
     Raises:
-        DataError: The cache is not writable or its disk is full; whatever `build` raises. Nothing is left behind.
+        DataError: The cache is not writable or its disk is full, or `build` cannot read a file elsewhere; whatever else
+            `build` raises. Nothing is left behind.
     """
     folder = cache / name
     if folder.is_dir():
@@ -47,6 +48,8 @@ def build_once(cache: Path, name: str, build: Callable[[Path], None], on_progres
             if not folder.is_dir():
                 _build(folder, build)
     except OSError as error:
+        if not _concerns(cache, error):
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
         raise _cache_error(cache, error) from error
     return folder
 
@@ -83,6 +86,14 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _concerns(cache: Path, error: OSError) -> bool:
+    """Whether the cache may be to blame; an error without a name comes from a write to an open file, as a rule."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return True
+    path, cache = Path(error.filename).absolute(), cache.absolute()
+    return path.is_relative_to(cache) or cache.is_relative_to(path)  # or a parent that could not be made
 
 
 def _cache_error(cache: Path, error: OSError) -> DataError:

@@ -1,4 +1,6 @@
 import errno
+import gzip
+import json
 import multiprocessing
 import os
 import time
@@ -14,6 +16,7 @@ from sparsetrain.data import prepare, shards
 from sparsetrain.data.building import source_hash
 from sparsetrain.data.cache import build_once, no_progress
 from sparsetrain.data.sources import open_source
+from sparsetrain.data.sources.jsonl import JsonLinesSource
 from sparsetrain.errors import DataError
 
 
@@ -76,6 +79,51 @@ def test_full_disk_while_building_leaves_no_half_made_cache(
             prepare(config)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "stamps"]
     assert prepare(config).num_train_samples > 0
+
+
+def test_file_elsewhere_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    missing = tmp_path / "corpus.txt"
+
+    with pytest.raises(DataError, match=r"corpus\.txt: cannot be read \(No such file") as caught:
+        build_once(tmp_path / "cache", "thing", lambda folder: _open(missing))
+    assert "data.cache" not in str(caught.value)
+    with pytest.raises(DataError, match=r"data\.cache=.*cannot be written"):
+        build_once(tmp_path / "cache", "thing", lambda folder: _open(folder / "missing"))
+
+
+def _open(path: Path) -> None:
+    path.open().close()
+
+
+def test_disk_of_the_corpus_that_fails_is_not_blamed_on_the_cache(
+    tmp_path: Path, write_jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = str(write_jsonl(["one", "two"]))
+    config = DataConfig(source={"kind": "jsonl", "paths": [corpus]}, seq_len=16, cache=str(tmp_path / "cache"))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for method in ("documents", "content_hash"):
+        with monkeypatch.context() as patch:
+            patch.setattr(JsonLinesSource, method, fail)
+            with pytest.raises(DataError, match=r"data\.source .*corpus\.jsonl: cannot be read .*Input/output error"):
+                prepare(config)
+
+
+def test_compressed_file_that_is_all_in_the_buffer_is_reported_done_once(
+    tmp_path: Path, make_texts: Callable[..., list[str]]
+) -> None:
+    corpus = tmp_path / "corpus.jsonl.gz"
+    corpus.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in make_texts(50)).encode()))
+    source = {"kind": "jsonl", "paths": [str(corpus)]}
+    shown: list[tuple[str, int]] = []
+    prepare(
+        DataConfig(source=source, seq_len=16, cache=str(tmp_path / "cache")),
+        on_progress=lambda stage, done, total: shown.append((stage, done)),
+    )
+    tokenized = [done for stage, done in shown if stage.startswith("tokenizing")]
+    assert tokenized == [corpus.stat().st_size]
 
 
 def _prepare_at_once(config: DataConfig, barrier: Barrier, results: "Queue[tuple[int, str, list[int]]]") -> None:
