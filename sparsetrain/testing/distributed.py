@@ -18,6 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_START_LIMIT_S = 60.0
+_READY = "ready"  # what a rank sends once it is in the process group; a result is pickled, so bytes
+
 
 class DistributedTestError(AssertionError):
     """A rank failed or the ranks did not finish in time; the message holds each failing rank's traceback."""
@@ -37,7 +40,8 @@ def run_distributed(
         fn: A function at module level (it is pickled). It learns its rank from torch.distributed.
         world_size: Number of ranks.
         backend: torch.distributed backend; "gloo" needs no GPU.
-        timeout_s: Seconds after which all ranks are ended; a hang becomes a failure that shows every rank's stack.
+        timeout_s: Seconds after which all ranks are ended, counted from when all of them are in the process group
+            (a busy machine may take long to start them); a hang becomes a failure that shows every rank's stack.
 
     Returns:
         What each rank returned (it is pickled), by rank.
@@ -67,7 +71,9 @@ def run_distributed(
 
 
 def _collect(ranks: Sequence[tuple[BaseProcess, Connection]], timeout_s: float, folder: str) -> list[Any]:
-    deadline = time.monotonic() + timeout_s
+    limit_s = max(_START_LIMIT_S, timeout_s)
+    deadline = time.monotonic() + limit_s
+    starting = set(range(len(ranks)))
     pending = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -77,11 +83,19 @@ def _collect(ranks: Sequence[tuple[BaseProcess, Connection]], timeout_s: float, 
             break
         if not ready:
             hung = ", ".join(map(str, sorted(pending.values())))
-            raise DistributedTestError(f"ranks {hung} did not finish within {timeout_s:g} s\n{_stacks(ranks, folder)}")
+            what = "start" if starting else "finish"
+            raise DistributedTestError(f"ranks {hung} did not {what} within {limit_s:g} s\n{_stacks(ranks, folder)}")
         for receiver in ready:
             assert isinstance(receiver, Connection)
-            rank = pending.pop(receiver)
+            rank = pending[receiver]
             ok, payload = _receive(receiver, ranks[rank][0])
+            if payload == _READY:
+                starting.remove(rank)
+                if not starting and not failures:
+                    limit_s = timeout_s
+                    deadline = time.monotonic() + limit_s
+                continue
+            del pending[receiver]
             if ok:
                 results[rank] = pickle.loads(payload)
             else:
@@ -125,8 +139,9 @@ def _run_rank(
                 init_method=f"file://{folder}/store",
                 rank=rank,
                 world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timedelta(seconds=max(_START_LIMIT_S, timeout_s)),
             )
+            sender.send((True, _READY))
             result = pickle.dumps(fn(*args, **kwargs))
             # Leave together: a rank that is gone would break the collectives of those still at work.
             dist.barrier()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparsetrain.testing import run_distributed
+from sparsetrain.testing import distributed, run_distributed
 from sparsetrain.testing.distributed import DistributedTestError
 
 
@@ -47,6 +47,12 @@ def test_a_killed_rank_is_named() -> None:
         run_distributed(die_on_rank_one, 2)
 
 
+def test_ranks_that_never_start_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_START_LIMIT_S", 0.01)
+    with pytest.raises(DistributedTestError, match=r"ranks 0, 1 did not start within 0\.01 s"):
+        run_distributed(rank_times, 2, 10, timeout_s=0.01)
+
+
 def test_a_hang_becomes_a_failure_that_shows_stacks() -> None:
-    with pytest.raises(DistributedTestError, match=r"did not finish within 8 s(.|\n)*wait_for_nobody"):
-        run_distributed(wait_for_nobody, 2, timeout_s=8)
+    with pytest.raises(DistributedTestError, match=r"did not finish within 2 s(.|\n)*wait_for_nobody"):
+        run_distributed(wait_for_nobody, 2, timeout_s=2)
