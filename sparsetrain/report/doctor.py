@@ -60,7 +60,7 @@ def print_doctor(console: Console) -> None:
         findings = examine(Path.cwd())
     for title, rows in (
         ("this machine", _machine_rows(findings)),
-        ("measured matmul peak", _peak_rows(findings)),
+        ("measured matmul peak (load on the machine lowers it)", _peak_rows(findings)),
         ("engine torch will use", _engine_rows(findings)),
         ("libraries", _library_rows(findings)),
     ):

@@ -95,7 +95,7 @@ def test_machine_is_described():
 def test_container_quota_limits_the_cores(monkeypatch, quota, cores):
     monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setattr(hardware, "_first_line", lambda path: quota)
-    assert hardware._usable_cores() == cores
+    assert hardware.usable_cores() == cores
 
 
 def test_container_limit_counts_as_the_memory(monkeypatch):

@@ -52,6 +52,7 @@ def test_cpu_machine_is_described_with_what_a_run_will_use(monkeypatch):
         "memory 16 GB",
         "GPU none",
         "disk 77 GB free in /home/somebody",
+        "measured matmul peak (load on the machine lowers it)",
         "fp32 200 GFLOP/s on 4 threads",
         "bf16 440 GFLOP/s on 4 threads, 2.2x fp32",
         "collectives gloo",

@@ -17,7 +17,8 @@ def test_table_has_each_phase_before_and_after(make_run, make_summary, console):
     assert "phase tokens time held-out bits/byte density FLOPs saved" in lines
     assert "sparse-pretrain 4.00M 2:51 8.003 → 2.598 0.250 36.6 %" in lines
     assert "dense-finetune 1.02M 0:43 3.247 → 2.769 1.000 0.0 %" in lines
-    assert max(map(len, console.file.getvalue().splitlines())) <= 80
+    # The path on the last line is as long as it is, and longer where tests run in a deep temporary folder.
+    assert max(map(len, console.file.getvalue().replace(str(folder), "").splitlines())) <= 80
 
 
 def test_masks_on_dense_kernels_save_no_seconds_and_say_so(make_run, make_summary, console):
