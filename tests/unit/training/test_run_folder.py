@@ -249,7 +249,7 @@ def test_too_little_room_for_checkpoints_is_found_beforehand(make_config, output
 def test_finishing_writes_the_summary_that_it_returns(make_config, trained):
     with RunFolder.open(make_config(), "resume", ONE_RANK) as folder:
         state = RunState.fresh(num_phases=1)
-        state.totals[0] = PhaseTotals(tokens=1200, steps=2, seconds=4.0)
-        summary = folder.finish(make_config(), state, peak_flops=1.0, density=0.5, sample="text")
+        state.totals[0] = PhaseTotals(tokens=1200, steps=2, seconds=4.0, density=0.5)
+        summary = folder.finish(make_config(), state, peak_flops=1.0, sample="text")
     assert (summary["tokens"], summary["tokens_per_s"], summary["density"]) == (1200, 300.0, 0.5)
     assert json.loads((trained / "summary.json").read_text()) == json.loads(json.dumps(summary))
