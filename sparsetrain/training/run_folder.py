@@ -131,9 +131,7 @@ class RunFolder:
         """
         on_first_rank(lambda: _describe_data(self.path, datasets))
 
-    def finish(
-        self, config: RunConfig, state: RunState, *, peak_flops: float, sample: str | None
-    ) -> dict[str, Any]:
+    def finish(self, config: RunConfig, state: RunState, *, peak_flops: float, sample: str | None) -> dict[str, Any]:
         """Work out the figures of a finished run and write summary.json; collective. Arguments as for `summarize`.
 
         Returns:
