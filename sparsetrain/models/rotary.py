@@ -16,7 +16,8 @@ def rotation_table(num_tokens: int, head_dim: int, theta: float, device: torch.d
     Computed at each forward pass (it costs next to nothing) so that a model built on the meta device has no buffer to
     fill; in float32 always, as published checkpoints were trained with.
     """
-    return _rotation_table(num_tokens, head_dim, theta, device)
+    table: tuple[Tensor, Tensor] = _rotation_table(num_tokens, head_dim, theta, device)
+    return table
 
 
 # An operator of its own, because torch.compile would fuse it into each rotation and compute cosines for every sample,

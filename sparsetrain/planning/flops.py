@@ -11,7 +11,7 @@ from math import prod
 from torch import nn
 
 from sparsetrain.models import Transformer
-from sparsetrain.sharding import canonical_parameters
+from sparsetrain.sharding import weight_shapes
 
 _BACKWARD_AND_FORWARD = 3
 
@@ -41,7 +41,7 @@ def parameter_counts(model: nn.Module) -> ParameterCount:
         ValueError: The model has a parameter that belongs to no part.
     """
     counts = dict.fromkeys((part.name for part in fields(ParameterCount)), 0)
-    for name, shape in _shapes(model).items():
+    for name, shape in weight_shapes(model).items():
         counts[_part(name)] += prod(shape)
     return ParameterCount(**counts)
 
@@ -84,7 +84,7 @@ class ModelFlops:
         config = next((module.config for module in model.modules() if isinstance(module, Transformer)), None)
         if config is None:
             raise ValueError(f"{type(model).__name__} holds no Transformer")
-        shapes = _shapes(model)
+        shapes = weight_shapes(model)
         head_name = "embed.weight" if config.ties_embeddings else "head.weight"
         return cls(
             linear={
@@ -140,7 +140,3 @@ def spdf_flops(
     scores = 4 * seq_len**2 * dim + 3 * num_heads * seq_len**2
     forward = num_layers * (matrices * (1 - sparsity) + scores) + 2 * seq_len * dim * vocab_size
     return _BACKWARD_AND_FORWARD * tokens / seq_len * forward
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in canonical_parameters(model)}

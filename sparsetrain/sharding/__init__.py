@@ -1,19 +1,29 @@
 """Where every weight lives: the WeightShard contract, who describes it, and the norm that is true at every layout."""
 
 from sparsetrain.sharding.flat import FlatPartition
-from sparsetrain.sharding.names import canonical_modules, canonical_parameters
+from sparsetrain.sharding.moves import Movable, Move, on_move
+from sparsetrain.sharding.names import canonical_modules, weight_modules
 from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
-from sparsetrain.sharding.parameters import reshard, weight_shards
+from sparsetrain.sharding.parameters import reshard, weight_shapes, weight_shards
+from sparsetrain.sharding.self_described import DescribesWeights, MomentsOf
 from sparsetrain.sharding.shard import Rectangle, WeightShard
+from sparsetrain.sharding.stack import Stack
 
 __all__ = [
+    "DescribesWeights",
     "FlatPartition",
+    "MomentsOf",
+    "Movable",
+    "Move",
     "Rectangle",
+    "Stack",
     "WeightShard",
     "canonical_modules",
-    "canonical_parameters",
     "clip_grads_",
     "global_grad_norm",
+    "on_move",
     "reshard",
+    "weight_modules",
+    "weight_shapes",
     "weight_shards",
 ]

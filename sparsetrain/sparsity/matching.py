@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsetrain.config import InvalidConfig, Problem, SparsityRule
 from sparsetrain.config.origin import KeyPath
-from sparsetrain.sharding import canonical_modules
+from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules
 from sparsetrain.sparsity.patterns import pattern_of
 
 _HEADS = ("head", "lm_head")
@@ -39,25 +39,35 @@ class Parameter:
 
 def describe_parameters(model: nn.Module) -> list[Parameter]:
     """Name, shape and kind of every parameter of any module, plain, wrapped or sharded, in the module's order."""
-    names: dict[int, list[str]] = {}
-    owners: dict[int, list[nn.Module]] = {}
-    parameters: dict[int, nn.Parameter] = {}
+    aliases = _aliases(model)
+    described = []
+    for path, owner, parameters in weight_modules(model):
+        if isinstance(owner, DescribesWeights):
+            described += [
+                Parameter(name, shape, dense_by_default=len(shape) < 2)
+                for name, shape in owner.describe_weights(path).items()
+            ]
+        for name, parameter in parameters.items():
+            names, owners = aliases[id(parameter)]
+            dense = (
+                parameter.dim() < 2
+                or any(isinstance(module, _DENSE_MODULES) for module in owners)
+                or any(_last_part(alias) in _HEADS for alias in names)
+            )
+            others = tuple(alias for alias in names if alias != name)
+            described.append(Parameter(name, tuple(parameter.shape), dense, others))
+    return described
+
+
+def _aliases(model: nn.Module) -> dict[int, tuple[list[str], list[nn.Module]]]:
+    """Every name of each parameter, and the modules that have it, by the parameter's id."""
+    found: dict[int, tuple[list[str], list[nn.Module]]] = {}
     for path, module in canonical_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
-            parameters[id(parameter)] = parameter
-            owners.setdefault(id(parameter), []).append(module)
-            names.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
-    return [
-        Parameter(
-            name=names[key][0],
-            shape=tuple(parameter.shape),
-            dense_by_default=parameter.dim() < 2
-            or any(isinstance(module, _DENSE_MODULES) for module in owners[key])
-            or any(_last_part(name) in _HEADS for name in names[key]),
-            aliases=tuple(names[key][1:]),
-        )
-        for key, parameter in parameters.items()
-    ]
+            names, owners = found.setdefault(id(parameter), ([], []))
+            names.append(f"{path}.{leaf}" if path else leaf)
+            owners.append(module)
+    return found
 
 
 def match_rules(

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models import Transformer, initialize_
-from sparsetrain.sharding import canonical_parameters
+from sparsetrain.sharding import weight_modules
 from sparsetrain.testing import assert_close, run_distributed
 
 VOCAB, SEQ_LEN, BATCH = 128, 24, 4
@@ -52,6 +52,10 @@ def samples():
     return tokens, targets
 
 
+def named(model):
+    return [pair for _, _, parameters in weight_modules(model) for pair in parameters.items()]
+
+
 def check_layouts_against_one_process():
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
@@ -63,13 +67,13 @@ def check_layouts_against_one_process():
         wanted = dict(oracle.named_parameters())
         for layout in LAYOUTS:
             model = layout(config)
-            for name, parameter in canonical_parameters(model):
+            for name, parameter in named(model):
                 assert_close(parameter, wanted[name], rtol=0.0, atol=0.0)
             loss = model(tokens[mine], targets[mine])
             (loss * size).backward()  # data parallelism averages over ranks; the sum is wanted
             dist.all_reduce(loss.detach_())
             assert_close(loss, expected)
-            for name, parameter in canonical_parameters(model):
+            for name, parameter in named(model):
                 assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-5)
 
 
