@@ -35,3 +35,7 @@ class ClusterError(SparsetrainError):
 
 class TrainingError(SparsetrainError):
     """Training cannot go on: non-finite losses beyond the limit, or memory is exhausted."""
+
+
+class PlacementError(SparsetrainError):
+    """Experts, their replicas or a load trace do not fit the model or the devices."""

@@ -1,0 +1,1 @@
+"""Mixture-of-experts layers, and the placement of their experts on devices."""
