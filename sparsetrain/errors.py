@@ -39,3 +39,7 @@ class TrainingError(SparsetrainError):
 
 class PlacementError(SparsetrainError):
     """Experts, their replicas or a load trace do not fit the model or the devices."""
+
+
+class MoeError(SparsetrainError):
+    """A mixture-of-experts layer is asked for something that cannot be."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
+from sparsetrain.config.moe import MoeConfig
 from sparsetrain.config.units import Count, divisors_near
 
 
@@ -38,6 +39,8 @@ class ModelConfig(Section):
     vocab_size: Count | None = Field(default=None, gt=0)
     """Rows of the embedding; default the tokenizer's, rounded up to a multiple of 64."""
     attention: Attention = DenseAttention()
+    moe: MoeConfig | None = None
+    """Mixture-of-experts layers; null: every feed-forward layer is dense."""
     tie_embeddings: bool | None = None
     """Share the embedding with the output head; default true for gpt2, false for llama."""
     norm_eps: Real = Field(default=1e-5, gt=0)
@@ -58,6 +61,14 @@ class ModelConfig(Section):
             raise KeyConflict("num_kv_heads", "arch=gpt2 has as many key/value heads as heads; remove this key")
         return self
 
+    @model_validator(mode="after")
+    def _moe_layers_exist(self) -> Self:
+        try:
+            _ = self.moe_layers
+        except KeyConflict as conflict:
+            raise KeyConflict(f"moe.{conflict.key}", conflict.message) from None
+        return self
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
@@ -74,6 +85,11 @@ class ModelConfig(Section):
         if self.ffn_dim is not None:
             return self.ffn_dim
         return 4 * self.dim if self.arch == "gpt2" else -(-8 * self.dim // 3 // 64) * 64
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers whose feed-forward part is a mixture of experts, ascending."""
+        return self.moe.layer_indices(self.num_layers) if self.moe else ()
 
     @property
     def ties_embeddings(self) -> bool:

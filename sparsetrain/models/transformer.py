@@ -2,6 +2,8 @@
 
 Parameter names: embed, positions (gpt2), layers.{i}.attention_norm, layers.{i}.attention.{q,k,v,o},
 layers.{i}.ffn_norm, layers.{i}.ffn.{gate,up,down} (gpt2: up, down), norm, head (absent where it is the embedding).
+A mixture-of-experts layer has in place of ffn: layers.{i}.moe.router, layers.{i}.moe.experts.{e}.{gate,up,down} and
+layers.{i}.moe.shared.{gate,up,down}.
 
 Shapes: B batch, T tokens, M model dim, V vocabulary.
 """
@@ -12,10 +14,11 @@ from torch.nn import functional as F
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models.attention import Attention
-from sparsetrain.models.feed_forward import GeluFeedForward, SwiGLU
 from sparsetrain.models.loss import linear_cross_entropy
 from sparsetrain.models.norms import LayerNorm, RMSNorm
 from sparsetrain.models.rotary import rotation_table
+from sparsetrain.moe.feed_forward import Activation, FeedForward
+from sparsetrain.moe.layer import MoELayer
 
 _VOCAB_MULTIPLE = 64
 
@@ -26,22 +29,48 @@ def padded_vocab(num_tokens: int) -> int:
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward (or a mixture of experts), each added to the residual stream.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: Shape of the network.
+        index: Which of its layers this is, from 0.
+    """
+
+    ffn: FeedForward | None
+    moe: MoELayer | None
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
         self.attention = Attention(config)
         self.ffn_norm = _norm(config)
-        feed_forward = SwiGLU if config.arch == "llama" else GeluFeedForward
-        self.ffn = feed_forward(config.dim, config.hidden_dim)
+        is_moe = index in config.moe_layers
+        self.ffn = None if is_moe else FeedForward(config.dim, config.hidden_dim, *_form(config))
+        self.moe = _moe(config, config.moe_layers.index(index)) if is_moe else None
 
     def forward(
-        self, x_BTM: Tensor, rotation: tuple[Tensor, Tensor] | None = None, document_ids_BT: Tensor | None = None
+        self,
+        x_BTM: Tensor,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        document_ids_BT: Tensor | None = None,
+        tokens_BT: Tensor | None = None,
     ) -> Tensor:
-        """Map [B, T, M] to [B, T, M]; arguments as `Attention` takes them."""
+        """Map [B, T, M] to [B, T, M].
+
+        Args:
+            x_BTM: The residual stream.
+            rotation: As `Attention` takes it.
+            document_ids_BT: As `Attention` takes it.
+            tokens_BT: Token ids, for routers that go by them.
+        """
         x_BTM = x_BTM + self.attention(self.attention_norm(x_BTM), rotation, document_ids_BT)
-        y_BTM: Tensor = x_BTM + self.ffn(self.ffn_norm(x_BTM))
+        normed_BTM = self.ffn_norm(x_BTM)
+        y_BTM: Tensor = self.ffn(normed_BTM) if self.ffn is not None else self._mixture(normed_BTM, tokens_BT)
+        return x_BTM + y_BTM
+
+    def _mixture(self, x_BTM: Tensor, tokens_BT: Tensor | None) -> Tensor:
+        assert self.moe is not None
+        y_BTM: Tensor = self.moe(x_BTM, tokens_BT)
         return y_BTM
 
 
@@ -61,7 +90,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.positions = nn.Embedding(max_seq_len, config.dim) if config.arch == "gpt2" else None
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.num_layers))
         self.norm = _norm(config)
         # Not a shared parameter where tied: sharing does not survive the way from the meta device.
         self.head = None if config.ties_embeddings else nn.Linear(config.dim, vocab_size, bias=False)
@@ -94,7 +123,7 @@ class Transformer(nn.Module):
             )
         visible = document_ids_BT if self.config.attention.within_documents else None
         for layer in self.layers:
-            x_BTM = layer(x_BTM, rotation, visible)
+            x_BTM = layer(x_BTM, rotation, visible, tokens_BT)
         x_BTM = self.norm(x_BTM)
         head_VM = self.embed.weight if self.head is None else self.head.weight
         if targets_BT is None:
@@ -115,3 +144,31 @@ def _norm(config: ModelConfig) -> nn.Module:
     if config.arch == "llama":
         return RMSNorm(config.dim, config.norm_eps)
     return LayerNorm(config.dim, config.norm_eps)
+
+
+def _form(config: ModelConfig) -> tuple[Activation, bool]:
+    """Activation of the feed-forward layers, and whether they have biases."""
+    return ("swiglu", False) if config.arch == "llama" else ("gelu", True)
+
+
+def _moe(config: ModelConfig, index: int) -> MoELayer:
+    """The MoE layer that is the index-th of the model's."""
+    moe = config.moe
+    assert moe is not None
+    activation, bias = _form(config)
+    return MoELayer(
+        config.dim,
+        moe.ffn_dim or config.hidden_dim,
+        moe.num_experts,
+        moe.top_k,
+        activation=activation,
+        router=moe.router,
+        shared_experts=moe.shared_experts,
+        capacity_factor=moe.capacity_factor,
+        overflow=moe.overflow,
+        aux_loss=moe.balance_weight,
+        z_loss=moe.z_loss,
+        aux_scope=moe.aux_scope,
+        bias=bias,
+        layer=index,
+    )

@@ -1,0 +1,181 @@
+"""The mixture-of-experts layer: router, experts, combination. It knows one device; parallelism replaces its `experts`.
+
+Shapes: T tokens, D model dim, E experts.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.config.moe import RouterConfig
+from sparsetrain.errors import MoeError
+from sparsetrain.moe.capacity import Overflow, limit_rows
+from sparsetrain.moe.experts import Experts, ExpertSpec
+from sparsetrain.moe.feed_forward import Activation, FeedForward
+from sparsetrain.moe.load import LoadMeter
+from sparsetrain.moe.losses import Scope, balance_loss, z_loss
+from sparsetrain.moe.routers import Router, build_router
+from sparsetrain.moe.routing import Routing
+from sparsetrain.sharding import canonical_modules
+
+
+class MoELayer(nn.Module):
+    """y(x) = Σ_e w_e(x) · expert_e(x) over the few experts that a router gives a token, + shared(x).
+
+    Nothing is dropped unless a `capacity_factor` is given. The router computes in float32 under autocast.
+
+    Args:
+        dim: Size of the activations, D.
+        ffn_dim: Size inside an expert.
+        num_experts: E.
+        top_k: Experts that a token uses.
+        activation: swiglu or gelu, of experts and shared experts.
+        router: A name, a config (`sparsetrain.config.moe`), or a `Router` of one's own.
+        shared_experts: How many experts' worth of feed-forward network every token goes through besides.
+        capacity_factor: Rows an expert takes at most in one call, in units of the mean; None for no limit.
+        overflow: What to do with the rest: see `sparsetrain.moe.capacity`.
+        aux_loss: Weight of the load-balance loss. `auxiliary_loss(model)` collects it.
+        z_loss: Weight of the router's z-loss.
+        aux_scope: Balance the tokens of a call, or those of each sequence (the last dimension but one of x).
+        bias: Whether experts and shared experts have biases.
+        layer: Which of the model's MoE layers this is, from 0; read by the routers hash and replay.
+
+    Raises:
+        MoeError: Sizes, factors or weights that cannot be; an unknown router; losses that the router has not.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        num_experts: int,
+        top_k: int = 2,
+        *,
+        activation: Activation = "swiglu",
+        router: str | RouterConfig | Router = "softmax_topk",
+        shared_experts: int = 0,
+        capacity_factor: float | None = None,
+        overflow: Overflow = "drop",
+        aux_loss: float = 0.0,
+        z_loss: float = 0.0,
+        aux_scope: Scope = "micro_batch",
+        bias: bool = False,
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        _check(num_experts, shared_experts, capacity_factor, overflow, aux_loss, z_loss, aux_scope)
+        self.capacity_factor, self.overflow = capacity_factor, overflow
+        self.aux_loss, self.z_loss, self.aux_scope = aux_loss, z_loss, aux_scope
+        spec = ExpertSpec(dim, ffn_dim, activation, bias)
+        if not isinstance(router, Router):
+            router = build_router(router, dim, num_experts, top_k, layer=layer)
+        self.router = router
+        self.experts = Experts(spec, num_experts)
+        self.shared = FeedForward(dim, shared_experts * ffn_dim, activation, bias) if shared_experts else None
+        self.load = LoadMeter(num_experts)
+        """Counts the tokens of forward passes with gradients, each once; `take` it after every optimizer step."""
+        self._loss: tuple[Tensor, int] | None = None
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: [..., D]; the last dimension but one is that of a sequence's tokens.
+            token_ids: int64 of the leading dimensions of x; needed by the router hash alone.
+
+        Returns:
+            [..., D], in the autocast dtype or that of x.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        seq_len = x.shape[-2] if x.dim() > 1 else 1
+        wanted = self.router(x_TD, seq_len=seq_len, token_ids_T=None if token_ids is None else token_ids.reshape(-1))
+        routing = wanted
+        if self.capacity_factor is not None:
+            routing = limit_rows(wanted, self.capacity_factor, self.overflow)
+        self._record(wanted, routing.dropped, seq_len)
+        y_TD: Tensor = self.experts(x_TD, routing)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.reshape(x.shape)
+
+    def take_loss(self) -> tuple[Tensor, int] | None:
+        """The weighted losses of the latest forward pass, summed over its tokens, and their number; None when taken."""
+        loss, self._loss = self._loss, None
+        return loss
+
+    def _record(self, wanted: Routing, dropped: Tensor, seq_len: int) -> None:
+        """Count the load and keep the losses of a forward pass that is for training, and not a recomputation."""
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+            return
+        self.load.add(wanted, dropped)
+        losses = list(self._losses(wanted, seq_len))
+        self._loss = (torch.stack(losses).sum(), wanted.num_tokens) if losses else None
+
+    def _losses(self, wanted: Routing, seq_len: int) -> Iterator[Tensor]:
+        if self.aux_loss and wanted.scores_TE is not None:
+            group_len = seq_len if self.aux_scope == "sequence" else wanted.num_tokens
+            yield self.aux_loss * balance_loss(wanted, group_len)
+        if self.z_loss and wanted.logits_TE is not None:
+            yield self.z_loss * z_loss(wanted)
+        penalty = self.router.penalty(wanted, seq_len)
+        if penalty is not None:
+            yield penalty
+
+
+def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """Every MoELayer of a model with its path, without what wrappers put into it; a shared one once."""
+    found: dict[int, tuple[str, MoELayer]] = {}
+    for path, module in canonical_modules(model):
+        if isinstance(module, MoELayer):
+            found.setdefault(id(module), (path, module))
+    return list(found.values())
+
+
+def auxiliary_loss(model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """The balance, z- and router losses of the latest forward pass of every MoELayer, weighted; add it to the loss.
+
+    They are taken: called again before the next forward pass, it returns 0.
+
+    Args:
+        model: Plain or wrapped.
+        reduction: mean: per token, for a loss that is a mean over tokens. sum: over tokens, for a loss that is a sum,
+            so that the two can be divided by the tokens of all micro-batches and ranks together.
+
+    Returns:
+        0-d, with gradient; 0 where nothing was computed, such as under no_grad.
+    """
+    total = torch.zeros(())
+    for _, layer in moe_layers(model):
+        taken = layer.take_loss()
+        if taken is not None:
+            loss, num_tokens = taken
+            total = total.to(loss.device) + (loss if reduction == "sum" else loss / max(num_tokens, 1))
+    return total
+
+
+def _check(
+    num_experts: int,
+    shared_experts: int,
+    capacity_factor: float | None,
+    overflow: str,
+    aux_loss: float,
+    z_loss: float,
+    aux_scope: str,
+) -> None:
+    if num_experts < 1:
+        raise MoeError(f"num_experts = {num_experts}: must be at least 1")
+    if shared_experts < 0:
+        raise MoeError(f"shared_experts = {shared_experts}: must not be negative")
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise MoeError(f"capacity_factor = {capacity_factor}: must be above 0; None drops nothing")
+    for name, weight in (("aux_loss", aux_loss), ("z_loss", z_loss)):
+        if not weight >= 0:
+            raise MoeError(f"{name} = {weight}: a weight must not be negative")
+    for name, value, known in (
+        ("overflow", overflow, ("drop", "pad")),
+        ("aux_scope", aux_scope, ("micro_batch", "sequence")),
+    ):
+        if value not in known:
+            raise MoeError(f"{name} = {value}: expected {' or '.join(known)}")

@@ -1,0 +1,74 @@
+"""What every router is."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsetrain.errors import MoeError
+from sparsetrain.moe.routing import Routing
+
+
+class Router(nn.Module, ABC):
+    """Gives every token its experts.
+
+    Args:
+        num_experts: E.
+        top_k: Experts that a token uses.
+
+    Raises:
+        MoeError: top_k is below 1 or above E.
+    """
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise MoeError(f"top_k = {top_k}: must be between 1 and num_experts = {num_experts}")
+        self.num_experts, self.top_k = num_experts, top_k
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, *, seq_len: int | None = None, token_ids_T: Tensor | None = None) -> Routing:
+        """Route T tokens.
+
+        Args:
+            x_TD: Activations.
+            seq_len: Tokens of a sequence, of which T is a multiple; None: all are one sequence.
+            token_ids_T: int64, the tokens' ids; None where the caller does not know them.
+        """
+
+    def penalty(self, routing: Routing, seq_len: int) -> Tensor | None:
+        """A loss of the router's own, weighted and summed over the tokens of `routing`; None for none."""
+        return None
+
+    def after_step(self, counts_E: Tensor, num_tokens: int) -> None:
+        """An optimizer step was taken.
+
+        Args:
+            counts_E: int64, assignments to each expert in the step, summed over all ranks and micro-batches.
+            num_tokens: Tokens of the step, summed likewise.
+        """
+
+    def set_progress(self, fraction: float) -> None:
+        """Training has come so far: 0 at its start, 1 at its end."""
+
+
+class LearnedRouter(Router):
+    """A router with a linear layer; its logits are computed in float32 also under autocast.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        top_k: Experts that a token uses.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__(num_experts, top_k)
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """W x, in float32 or, for float64 inputs, float64: [T, E]."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(dtype), self.weight.to(dtype))

@@ -1,0 +1,27 @@
+"""The top_k largest of a softmax."""
+
+from torch import Tensor
+
+from sparsetrain.config.moe import SoftmaxTopK
+from sparsetrain.moe.routers.base import LearnedRouter
+from sparsetrain.moe.routing import Routing
+
+
+class SoftmaxTopKRouter(LearnedRouter):
+    """s = softmax(W x); a token uses the top_k experts of the largest s (arXiv 1701.06538, 2401.04088).
+
+    The weights are s, divided by their sum over the chosen with `renormalise`. Which of equal scores wins is not said.
+    """
+
+    def __init__(self, config: SoftmaxTopK, dim: int, num_experts: int, top_k: int) -> None:
+        super().__init__(dim, num_experts, top_k)
+        self.renormalise = config.renormalise
+
+    def forward(self, x_TD: Tensor, *, seq_len: int | None = None, token_ids_T: Tensor | None = None) -> Routing:
+        """Route T tokens; see `Router.forward`."""
+        logits_TE = self.logits(x_TD)
+        scores_TE = logits_TE.softmax(dim=-1)
+        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
+        if self.renormalise:
+            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
+        return Routing.of_choices(expert_TK, weight_TK, self.num_experts, scores_TE=scores_TE, logits_TE=logits_TE)
