@@ -23,44 +23,44 @@ class Dispatch:
     Args:
         placement: Who holds what.
         topology: Where the devices stand; sources are the same devices.
-        rows_SP: int64 [S, P], rows of source s that go to pair p, in the order of `placement.expert_P`/`device_P`.
+        rows_PS: int64 [P, S], rows of source s that go to pair p, in the order of `placement.expert_P`/`device_P`.
     """
 
     placement: Placement
     topology: Topology
-    rows_SP: IntArray
+    rows_PS: IntArray
 
     def sent_by(self, source: int) -> IntArray:
         """int64 [E, D]: rows of a source for expert e that go to device d."""
         rows_ED = np.zeros((self.placement.num_experts, self.placement.num_devices), dtype=np.int64)
-        rows_ED[self.placement.expert_P, self.placement.device_P] = self.rows_SP[source]
+        rows_ED[self.placement.expert_P, self.placement.device_P] = self.rows_PS[:, source]
         return rows_ED
 
     def received_by(self, device: int) -> IntArray:
         """int64 [S, E]: rows that a device gets from source s for expert e."""
-        rows_SE = np.zeros((self.rows_SP.shape[0], self.placement.num_experts), dtype=np.int64)
+        rows_SE = np.zeros((self.rows_PS.shape[1], self.placement.num_experts), dtype=np.int64)
         pairs = np.flatnonzero(self.placement.device_P == device)
-        rows_SE[:, self.placement.expert_P[pairs]] = self.rows_SP[:, pairs]
+        rows_SE[:, self.placement.expert_P[pairs]] = self.rows_PS[pairs].T
         return rows_SE
 
     @cached_property
     def load_D(self) -> IntArray:
         """int64 [D]: rows that each device computes."""
         load_D = np.zeros(self.placement.num_devices, dtype=np.int64)
-        np.add.at(load_D, self.placement.device_P, self.rows_SP.sum(axis=0))
+        np.add.at(load_D, self.placement.device_P, self.rows_PS.sum(axis=1))
         return load_D
 
     @cached_property
     def crossing(self) -> int:
         """Rows whose source and device stand in different nodes."""
         node_D = self.topology.node_D
-        return int(self.rows_SP[node_D[:, None] != node_D[self.placement.device_P]].sum())
+        return int(self.rows_PS[node_D[self.placement.device_P, None] != node_D].sum())
 
     @cached_property
     def fingerprint(self) -> int:
         """63 bits that are equal for equal plans in every process, for comparing ranks' plans."""
         digest = blake2b(self.placement.fingerprint.to_bytes(8, "little"), digest_size=8)
-        digest.update(np.ascontiguousarray(self.rows_SP).data)
+        digest.update(np.ascontiguousarray(self.rows_PS).data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -95,9 +95,10 @@ def dispatch(
             f"counts of shape {counts_SE.shape} and a placement on {placement.num_devices} devices do not fit "
             f"{topology.num_devices} devices: expected counts of shape {expected}"
         )
+    counts_ES = np.ascontiguousarray(counts_SE.T, dtype=np.int64)
     if method == "paper":
-        return Dispatch(placement, topology, even_split(counts_SE, placement, topology))
+        return Dispatch(placement, topology, even_split(counts_ES, placement, topology))
     if method == "capacity":
-        rows_P = capacity_split(counts_SE, placement, topology, cross_node_cost)
-        return Dispatch(placement, topology, match_sources(counts_SE, rows_P, placement, topology))
+        rows_P = capacity_split(counts_ES, placement, topology, cross_node_cost)
+        return Dispatch(placement, topology, match_sources(counts_ES, rows_P, placement, topology))
     raise PlacementError(f"dispatch method {method!r} is unknown; use 'capacity' or 'paper'")

@@ -1,60 +1,162 @@
-"""How many rows each holder of an expert takes, so that no device is fuller than it must be."""
+"""How many rows each holder of an expert takes: a flow from overfull devices to those with room.
+
+The split starts as the paper's (arXiv 2502.02581), which crosses nodes as little as the placement allows, and moves rows
+from every device above a capacity along paths of replicas: an expert's rows go from one holder to another, which may in
+turn hand rows of another expert on. Paths inside a node are taken before paths across. When no path is left, the devices
+that can be reached from the overfull ones share more rows than they have room for: the capacity rises to their mean,
+which no split can stay below. So the fullest device ends at the capacity asked for, or at the least possible maximum.
+"""
+
+from itertools import pairwise
 
 import numpy as np
 
 from sparsetrain.moe.placement.placement import Placement
 from sparsetrain.moe.placement.topology import FloatArray, IntArray, Topology
 
-_ROUNDS = 30
-_EVEN = 0.05
+
+def capacity_split(counts_ES: IntArray, placement: Placement, topology: Topology, cross_node_cost: float) -> IntArray:
+    """Rows of each (expert, holder) pair, with no device fuller than the capacity or the least possible maximum.
+
+    The capacity is (1 + cross_node_cost) · mean load, rounded up.
+
+    Args:
+        counts_ES: int64 [E, S], rows of each source for each expert.
+        placement: Who holds what.
+        topology: Where the devices stand.
+        cross_node_cost: Share of the mean load; up to this much above it no row is moved to another node.
+
+    Returns:
+        int64 [P], at least 0; over an expert's holders they sum to its rows exactly.
+    """
+    rows_P = _round(near_split(counts_ES, placement, topology), counts_ES.sum(axis=1), placement.expert_P)
+    load_D = np.zeros(placement.num_devices, dtype=np.int64)
+    np.add.at(load_D, placement.device_P, rows_P)
+    capacity = int(np.ceil(load_D.sum() * (1 + cross_node_cost) / len(load_D)))
+    if load_D.max() <= capacity:
+        return rows_P
+    return _Flow(rows_P, load_D, placement, topology).limit(capacity)
 
 
-def capacity_split(counts_SE: IntArray, placement: Placement, topology: Topology, slack: float) -> IntArray:
-    """Rows of each (expert, holder) pair, int64 [P]; over an expert's holders they sum to its rows exactly."""
-    expert_P, device_P = placement.expert_P, placement.device_P
-    num_experts, num_devices = placement.num_experts, placement.num_devices
-    load_E = counts_SE.sum(axis=0)
-    holders_E = np.bincount(expert_P, minlength=num_experts)
-    prior_P = near_split(counts_SE, placement, topology)
-    single_P = holders_E[expert_P] == 1
-    alone_D = np.bincount(device_P[single_P], load_E[expert_P[single_P]], num_devices)
-    capacity = max(load_E.sum() / num_devices, alone_D.max()) * (1 + slack)
-    split_P = prior_P
-    if np.bincount(device_P, prior_P, num_devices).max() > capacity:
-        prior_P = (1 - _EVEN) * prior_P + _EVEN * load_E[expert_P] / holders_E[expert_P]
-        split_P = prior_P
-        scale_D = np.ones(num_devices)
-        for _ in range(_ROUNDS):
-            raw_P = prior_P * scale_D[device_P]
-            grow_E = load_E / np.maximum(np.bincount(expert_P, raw_P, num_experts), 1e-300)
-            split_P = raw_P * grow_E[expert_P]
-            load_D = np.bincount(device_P, split_P, num_devices)
-            if load_D.max() <= capacity:
-                break
-            scale_D = np.minimum(scale_D * capacity / np.maximum(load_D, 1e-300), 1.0)
-    return _round(split_P, load_E, expert_P)
-
-
-def near_split(counts_SE: IntArray, placement: Placement, topology: Topology) -> FloatArray:
+def near_split(counts_ES: IntArray, placement: Placement, topology: Topology) -> FloatArray:
     """What each pair takes by the paper's dispatch, before rounding: float64 [P]."""
-    expert_P, device_P = placement.expert_P, placement.device_P
-    node_D, first_N = topology.node_D, topology.first_of_node_N
-    holders_DE = placement.holders_ED.T
-    away_NE = np.add.reduceat(np.where(holders_DE, 0, counts_SE), first_N, axis=0)
-    holders_NE = np.add.reduceat(holders_DE, first_N, axis=0, dtype=np.int64)
-    share_NE = away_NE / np.maximum(holders_NE, 1)
-    far_E = np.where(holders_NE == 0, away_NE, 0).sum(axis=0) / holders_NE.sum(axis=0)
-    near_P: FloatArray = counts_SE[device_P, expert_P] + share_NE[node_D[device_P], expert_P] + far_E[expert_P]
+    expert_P, device_P, first_N = placement.expert_P, placement.device_P, topology.first_of_node_N
+    away_EN = np.add.reduceat(np.where(placement.holders_ED, 0, counts_ES), first_N, axis=1)
+    holders_EN = np.add.reduceat(placement.holders_ED, first_N, axis=1, dtype=np.int64)
+    share_EN = away_EN / np.maximum(holders_EN, 1)
+    far_E = np.where(holders_EN == 0, away_EN, 0).sum(axis=1) / holders_EN.sum(axis=1)
+    near_P: FloatArray = (
+        counts_ES[expert_P, device_P] + share_EN[expert_P, topology.node_D[device_P]] + far_E[expert_P]
+    )
     return near_P
+
+
+class _Flow:
+    """Rows of pairs and loads of devices, as lists: paths are short, and numpy would cost more than it saves."""
+
+    def __init__(self, rows_P: IntArray, load_D: IntArray, placement: Placement, topology: Topology) -> None:
+        """Take the pairs of experts with several holders; the others' rows have nowhere to go."""
+        expert_P, device_P = placement.expert_P, placement.device_P
+        place_P = np.flatnonzero(np.bincount(expert_P)[expert_P] > 1)
+        expert_P, device_P = expert_P[place_P], device_P[place_P]
+        self.all_rows_P, self.place_P = rows_P, place_P
+        self.rows: list[int] = rows_P[place_P].tolist()
+        self.load: list[int] = load_D.tolist()
+        self.device: list[int] = device_P.tolist()
+        # Runs of pairs: the holders of an expert, and those of them that stand in one node.
+        self.expert, self.holders = _runs(expert_P)
+        self.group, self.holders_in_node = _runs(expert_P * topology.num_nodes + topology.node_D[device_P])
+        self.pairs: list[list[int]] = [[] for _ in self.load]
+        for pair, device in enumerate(self.device):
+            self.pairs[device].append(pair)
+
+    def limit(self, capacity: int) -> IntArray:
+        """Move rows until no device is above the capacity, raising it where it cannot be kept."""
+        while overfull := [device for device, load in enumerate(self.load) if load > capacity]:
+            moved, reached = self._push(overfull, capacity)
+            if not moved:
+                capacity = -(-sum(self.load[device] for device in reached) // len(reached))
+        rows_P = self.all_rows_P.copy()
+        rows_P[self.place_P] = self.rows
+        return rows_P
+
+    def _push(self, overfull: list[int], capacity: int) -> tuple[bool, list[int]]:
+        """Search from all overfull devices at once, nodes first, and fill each device with room when it is reached.
+
+        Returns:
+            Whether any row moved, and all devices that were reached.
+        """
+        rows, load, device, group, expert = self.rows, self.load, self.device, self.group, self.expert
+        root = [-1] * len(load)  # of each device reached: the overfull device whose rows come to it
+        via = [(-1, -1)] * len(load)  # and the pair that hands them on, with its own pair that takes them
+        for start in overfull:
+            root[start] = start
+        queue, far = overfull.copy(), list[int]()
+
+        def reach(giver: int, takers: range) -> None:
+            for taker in takers:
+                there = device[taker]
+                if root[there] < 0:
+                    root[there], via[there] = root[device[giver]], (giver, taker)
+                    queue.append(there)
+
+        left_group, left_expert = [False] * len(self.holders_in_node), [False] * len(self.holders)
+        moved, position, position_far = False, 0, 0
+        while position < len(queue) or position_far < len(far):
+            if position == len(queue):
+                reach(far[position_far], self.holders[expert[far[position_far]]])
+                position_far += 1
+                continue
+            here = queue[position]
+            position += 1
+            start = root[here]
+            if load[start] <= capacity:
+                continue
+            if load[here] < capacity:
+                moved |= self._carry(start, here, via, min(load[start] - capacity, capacity - load[here]))
+            for giver in self.pairs[here]:
+                if rows[giver]:
+                    if not left_group[group[giver]]:
+                        left_group[group[giver]] = True
+                        reach(giver, self.holders_in_node[group[giver]])
+                    if not left_expert[expert[giver]]:
+                        left_expert[expert[giver]] = True
+                        far.append(giver)
+        return moved, queue
+
+    def _carry(self, start: int, end: int, via: list[tuple[int, int]], rows: int) -> bool:
+        """Move up to so many rows along the path, as many as each giver on it has; true if that is any."""
+        path = []
+        here = end
+        while here != start:
+            path.append(via[here])
+            here = self.device[via[here][0]]
+        rows = min(rows, *[self.rows[giver] for giver, _ in path])
+        for giver, taker in path:
+            self.rows[giver] -= rows
+            self.rows[taker] += rows
+        self.load[start] -= rows
+        self.load[end] += rows
+        return rows > 0
+
+
+def _runs(key_P: IntArray) -> tuple[list[int], list[range]]:
+    """Number the runs of equal keys: the run of each pair, and the pairs of each run."""
+    starts = np.flatnonzero(np.diff(key_P, prepend=-1))
+    run_P = np.zeros(len(key_P), dtype=np.int64)
+    run_P[starts[1:]] = 1
+    bounds = [*starts.tolist(), len(key_P)]
+    return np.cumsum(run_P).tolist(), [range(*pair) for pair in pairwise(bounds)]
 
 
 def _round(split_P: FloatArray, load_E: IntArray, expert_P: IntArray) -> IntArray:
     """Whole rows within one of the given ones, with exact sums per expert."""
-    before_E = np.cumsum(load_E) - load_E
     first_E = np.searchsorted(expert_P, np.arange(len(load_E)))
-    end_P = np.cumsum(split_P)
-    end_P -= (end_P - split_P)[first_E][expert_P]
-    rounded_P = np.minimum(np.floor(end_P + 0.5).astype(np.int64), load_E[expert_P])
-    rounded_P[np.append(first_E[1:], len(expert_P)) - 1] = load_E
-    rounded_P += before_E[expert_P]
-    return np.diff(rounded_P, prepend=0)
+    last_E = np.append(first_E[1:], len(expert_P)) - 1
+    before_P = np.cumsum(split_P) - split_P
+    end_P = before_P + split_P - before_P[first_E][expert_P]
+    rounded_P = np.clip(np.floor(end_P + 0.5).astype(np.int64), 0, load_E[expert_P])
+    rounded_P[last_E] = load_E
+    rows_P = np.diff(rounded_P, prepend=0)
+    rows_P[first_E] = rounded_P[first_E]
+    return rows_P
