@@ -52,6 +52,8 @@ class DenseToSparse(Section):
     """Experts of a smaller probability are left out, but for the top_k."""
     until: Annotated[Real, Field(gt=0, le=1)] = 0.5
     """Fraction of the training at which the temperature has reached its end and a token uses top_k experts only."""
+    noise: bool = False
+    """Gumbel noise on the logits in training, as in the paper; results then depend on the number of ranks."""
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -60,18 +62,18 @@ class DenseToSparse(Section):
         return self
 
 
-class ReluRouter(Section):
+class ReluGate(Section):
     """Every expert with a positive score, weighted by RMSNorm(ReLU(scores)) (BlockFFN, arXiv 2507.08771).
 
     How many experts a token uses is learned, pressed down by two losses; top_k is what FLOPs are planned with.
     """
 
     kind: Literal["relu"]
-    chunk: Int = Field(default=8, gt=1)
+    chunk: Int = Field(default=64, gt=1)
     """Consecutive tokens that should get along with few experts together."""
-    chunk_loss: Real = Field(default=0.01, ge=0)
+    chunk_loss: Real = Field(default=0.05, ge=0)
     """Weight of the share of experts that a chunk uses."""
-    locality_loss: Real = Field(default=0.01, ge=0)
+    locality_loss: Real = Field(default=2e-3, ge=0)
     """Weight of the difference between the experts of neighbouring tokens."""
 
 
@@ -83,7 +85,7 @@ class Replay(Section):
     """File of a load trace (.npz), of a model with as many MoE layers and experts. Steps beyond its end begin anew."""
 
 
-RouterConfig = SoftmaxTopK | SigmoidTopK | ExpertChoice | Hash | DenseToSparse | ReluRouter | Replay
+RouterConfig = SoftmaxTopK | SigmoidTopK | ExpertChoice | Hash | DenseToSparse | ReluGate | Replay
 
 AnyRouter = Annotated[Annotated[RouterConfig, Field(discriminator="kind")], BeforeValidator(kind_from_text)]
 
@@ -115,8 +117,8 @@ MoeLayers = Annotated[
     BeforeValidator(_is_a_form),
 ]
 
-_CANNOT_BALANCE = ("expert_choice", "hash", "relu")
-"""Routers that are balanced by construction, or by losses of their own."""
+_CANNOT_BALANCE = ("expert_choice", "hash")
+"""Routers whose load no loss can change."""
 
 
 class MoeConfig(Section):
@@ -152,7 +154,7 @@ class MoeConfig(Section):
             raise KeyConflict("top_k", f"a token cannot use more experts than num_experts={self.num_experts}")
         kind = self.router.kind
         if self.aux_loss and kind in _CANNOT_BALANCE:
-            raise KeyConflict("aux_loss", f"router={kind} needs no load-balance loss and has none; remove this key")
+            raise KeyConflict("aux_loss", f"the load of router={kind} is not learned; remove this key")
         if self.z_loss and kind == "hash":
             raise KeyConflict("z_loss", "router=hash has no logits; remove this key")
         return self

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sparsetrain_kernels.precision import as_written
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from sparsetrain.models.precision import as_written
 
 # torch's CPU kernel reaches a third of the matmul peak in bf16; ours more, for T²/2 kept probabilities a head.
 _LONGEST_ON_CPU = 1024

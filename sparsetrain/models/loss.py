@@ -6,10 +6,9 @@ Shapes: N tokens, C tokens of a chunk, D model dim, V vocabulary.
 from typing import Any
 
 import torch
+from sparsetrain_kernels.precision import as_written, compute_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from sparsetrain.models.precision import as_written, compute_dtype
 
 IGNORED = -100
 """Target of a token that is not counted."""

@@ -6,11 +6,10 @@ Shapes: D model dim; ... any leading dims.
 from typing import Any
 
 import torch
+from sparsetrain_kernels.precision import compute_dtype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from sparsetrain.models.precision import compute_dtype
 
 
 class RMSNorm(nn.Module):

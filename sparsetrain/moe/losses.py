@@ -30,13 +30,13 @@ def balance_loss(routing: Routing, group_len: int) -> Tensor:
         0-d, in the dtype of the scores.
     """
     assert routing.scores_TE is not None
-    num_experts, num_groups = routing.num_experts, routing.num_tokens // max(group_len, 1)
-    counts = torch.zeros(num_groups * num_experts, dtype=routing.scores_TE.dtype, device=routing.token_R.device)
-    cell_R = routing.token_R // max(group_len, 1) * num_experts + routing.expert_R
+    num_experts, group_len = routing.num_experts, max(group_len, 1)
+    scores_SNE = routing.scores_TE.view(-1, group_len, num_experts)
+    cell_R = routing.token_R // group_len * num_experts + routing.expert_R
+    counts = torch.zeros(len(scores_SNE) * num_experts, dtype=scores_SNE.dtype, device=cell_R.device)
     counts_SE = counts.scatter_add_(0, cell_R, torch.ones_like(cell_R, dtype=counts.dtype)).view(-1, num_experts)
     share_SE = counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp(min=1)
-    scores_SE = routing.scores_TE.view(num_groups, -1, num_experts).sum(dim=1)
-    return num_experts * (share_SE * scores_SE).sum()
+    return num_experts * (share_SE * scores_SNE.sum(dim=1)).sum()
 
 
 def z_loss(routing: Routing) -> Tensor:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 import torch
+from sparsetrain_kernels.precision import as_written
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +21,9 @@ class Router(nn.Module, ABC):
     Raises:
         MoeError: top_k is below 1 or above E.
     """
+
+    weight_sum: float | None = None
+    """What the weights of a token's experts add up to, where that is the same for all tokens."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         super().__init__()
@@ -41,16 +45,19 @@ class Router(nn.Module, ABC):
         """A loss of the router's own, weighted and summed over the tokens of `routing`; None for none."""
         return None
 
-    def after_step(self, counts_E: Tensor, num_tokens: int) -> None:
+    def after_step(self, counts_E: Tensor) -> None:
         """An optimizer step was taken.
 
         Args:
             counts_E: int64, assignments to each expert in the step, summed over all ranks and micro-batches.
-            num_tokens: Tokens of the step, summed likewise.
         """
 
     def set_progress(self, fraction: float) -> None:
         """Training has come so far: 0 at its start, 1 at its end."""
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
 class LearnedRouter(Router):
@@ -70,5 +77,5 @@ class LearnedRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         """W x, in float32 or, for float64 inputs, float64: [T, E]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with as_written(x_TD.device):
             return F.linear(x_TD.to(dtype), self.weight.to(dtype))

@@ -1,17 +1,23 @@
 """From a router's name or config to the router."""
 
-from collections.abc import Callable
-from typing import Any
-
-from sparsetrain.config.moe import RouterConfig, SoftmaxTopK
+from sparsetrain.config.moe import (
+    DenseToSparse,
+    ExpertChoice,
+    Hash,
+    ReluGate,
+    RouterConfig,
+    SigmoidTopK,
+    SoftmaxTopK,
+)
 from sparsetrain.config.navigate import kinds_of, nearest, sections_in
 from sparsetrain.errors import MoeError
 from sparsetrain.moe.routers.base import Router
+from sparsetrain.moe.routers.dense_to_sparse import DenseToSparseRouter
+from sparsetrain.moe.routers.expert_choice import ExpertChoiceRouter
+from sparsetrain.moe.routers.hash import HashRouter
+from sparsetrain.moe.routers.relu import ReluRouter
+from sparsetrain.moe.routers.sigmoid_topk import SigmoidTopKRouter
 from sparsetrain.moe.routers.softmax_topk import SoftmaxTopKRouter
-
-_ROUTERS: dict[type, Callable[..., Router]] = {
-    SoftmaxTopK: SoftmaxTopKRouter,
-}
 
 
 def build_router(router: str | RouterConfig, dim: int, num_experts: int, top_k: int, *, layer: int = 0) -> Router:
@@ -28,15 +34,29 @@ def build_router(router: str | RouterConfig, dim: int, num_experts: int, top_k: 
         MoeError: No router has that name, or top_k is not between 1 and num_experts.
         ConfigError: A router is named that has no default settings.
     """
-    config = _config_of(router) if isinstance(router, str) else router
-    return _ROUTERS[type(config)](config, dim, num_experts, top_k)
+    match _config_of(router) if isinstance(router, str) else router:
+        case SoftmaxTopK() as config:
+            return SoftmaxTopKRouter(config, dim, num_experts, top_k)
+        case SigmoidTopK() as config:
+            return SigmoidTopKRouter(config, dim, num_experts, top_k)
+        case ExpertChoice():
+            return ExpertChoiceRouter(dim, num_experts, top_k)
+        case Hash() as config:
+            return HashRouter(config, num_experts, top_k, layer)
+        case DenseToSparse() as config:
+            return DenseToSparseRouter(config, dim, num_experts, top_k)
+        case ReluGate() as config:
+            return ReluRouter(config, dim, num_experts, top_k)
+        case other:
+            raise MoeError(f"router = {other}: expected a name, or a config of sparsetrain.config.moe")
 
 
-def _config_of(name: str) -> Any:
+def _config_of(name: str) -> RouterConfig:
     known = kinds_of(sections_in(RouterConfig))
     if name not in known:
         near = nearest(name, known)
         raise MoeError(
             f"router = {name}: expected one of {', '.join(known)}" + (f"; did you mean {near}?" if near else "")
         )
-    return known[name](kind=name)
+    config: RouterConfig = known[name](kind=name)  # type: ignore[assignment]
+    return config

@@ -16,6 +16,7 @@ class SoftmaxTopKRouter(LearnedRouter):
     def __init__(self, config: SoftmaxTopK, dim: int, num_experts: int, top_k: int) -> None:
         super().__init__(dim, num_experts, top_k)
         self.renormalise = config.renormalise
+        self.weight_sum = 1.0 if config.renormalise or top_k == num_experts else None
 
     def forward(self, x_TD: Tensor, *, seq_len: int | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route T tokens; see `Router.forward`."""
