@@ -4,7 +4,7 @@ Shapes: T tokens, D model dim, E experts.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from sparsetrain.moe.load import LoadMeter
 from sparsetrain.moe.losses import Scope, balance_loss, z_loss
 from sparsetrain.moe.routers import Router, build_router
 from sparsetrain.moe.routing import Routing
+from sparsetrain.moe.upcycle import ALIKE, Diversity, upcycle_
 from sparsetrain.sharding import canonical_modules
 
 
@@ -77,6 +78,38 @@ class MoELayer(nn.Module):
         self.load = LoadMeter(num_experts)
         """Counts the tokens of forward passes with gradients, each once; `take` it after every optimizer step."""
         self._loss: tuple[Tensor, int] | None = None
+
+    @classmethod
+    def from_dense(
+        cls, ffn: nn.Module, num_experts: int, top_k: int = 2, *, diversity: Diversity = ALIKE, **options: Any
+    ) -> Self:
+        """A layer whose every expert starts as a dense feed-forward network; see `sparsetrain.moe.upcycle`.
+
+        Args:
+            ffn: With linear layers gate, up and down (becomes swiglu), or up and down (becomes gelu, in the tanh form).
+            num_experts: E.
+            top_k: Experts that a token uses.
+            diversity: How the experts are made to differ.
+            options: What else the constructor takes, besides sizes, activation and bias.
+
+        Raises:
+            MoeError: The network has not such layers.
+        """
+        weights = {f"ffn.{name}": parameter for name, parameter in ffn.named_parameters()}
+        has_gate, has_bias = "ffn.gate.weight" in weights, "ffn.up.bias" in weights
+        parts = ["gate", "up", "down"] if has_gate else ["up", "down"]
+        if set(weights) != {f"ffn.{part}.{kind}" for part in parts for kind in ["weight", "bias"][: 1 + has_bias]}:
+            raise MoeError(
+                f"{type(ffn).__name__} cannot become experts: expected weights gate, up and down, or up and down, all "
+                f"with biases or none, and it has {', '.join(name.removeprefix('ffn.') for name in weights) or 'none'}"
+            )
+        up = weights["ffn.up.weight"]
+        activation: Activation = "swiglu" if has_gate else "gelu"
+        ffn_dim, dim = up.shape
+        layer = cls(dim, ffn_dim, num_experts, top_k, activation=activation, bias=has_bias, **options)
+        layer = layer.to(up.device, up.dtype)
+        upcycle_(nn.ModuleDict({"moe": layer}), weights.__getitem__, diversity)
+        return layer
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Apply the layer.

@@ -6,11 +6,13 @@ counted (they add well under a percent, and no published figure counts them). Th
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from math import prod
 
 from torch import nn
 
 from sparsetrain.models import Transformer
+from sparsetrain.moe import moe_layers
 from sparsetrain.sharding import weight_shapes
 
 _BACKWARD_AND_FORWARD = 3
@@ -25,13 +27,24 @@ class ParameterCount:
     attention: int
     """Query, key, value and output projections, with their biases."""
     ffn: int
+    """Dense feed-forward layers."""
+    moe: int
+    """Experts and shared experts."""
+    router: int
     norms: int
     head: int
+    idle: int
+    """Of `moe`, what a token does not use: all experts but top_k in each layer."""
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(getattr(self, part.name) for part in fields(self) if part.name != "idle")
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token uses."""
+        return self.total - self.idle
 
 
 def parameter_counts(model: nn.Module) -> ParameterCount:
@@ -41,14 +54,19 @@ def parameter_counts(model: nn.Module) -> ParameterCount:
         ValueError: The model has a parameter that belongs to no part.
     """
     counts = dict.fromkeys((part.name for part in fields(ParameterCount)), 0)
+    shares = _expert_shares(model)
+    idle = Fraction(0)
     for name, shape in weight_shapes(model).items():
         counts[_part(name)] += prod(shape)
-    return ParameterCount(**counts)
+        idle += (1 - _share(name, shares)) * prod(shape)
+    return ParameterCount(**counts | {"idle": int(idle)})
 
 
 def _part(name: str) -> str:
     layers = name.removesuffix(".weight").removesuffix(".bias").split(".")
     for part, members in (
+        ("router", {"router"}),
+        ("moe", {"moe"}),
         ("embedding", {"embed", "positions"}),
         ("norms", {"norm", "attention_norm", "ffn_norm"}),
         ("attention", {"attention"}),
@@ -60,12 +78,31 @@ def _part(name: str) -> str:
     raise ValueError(f"{name} is no parameter of a Transformer")
 
 
+def _expert_shares(model: nn.Module) -> dict[str, Fraction]:
+    """By the path of each layer's experts, the share of them that a token uses."""
+    return {
+        f"{path}.experts": Fraction(layer.router.top_k, layer.router.num_experts) for path, layer in moe_layers(model)
+    }
+
+
+def _share(name: str, shares: Mapping[str, Fraction]) -> Fraction:
+    """The share of tokens that use a weight."""
+    experts, is_expert, _ = name.partition(".experts.")
+    return shares[f"{experts}.experts"] if is_expert else Fraction(1)
+
+
 @dataclass(frozen=True)
 class ModelFlops:
-    """What one token costs at a given sample length, by part; forward, in FLOPs a token."""
+    """What one token costs at a given sample length, by part; forward, in FLOPs a token.
+
+    Of E experts a token pays top_k: what routers expect, which do not fix the number, and what it is without a limit on
+    capacity. A dense-to-sparse gate begins with more.
+    """
 
     linear: Mapping[str, float]
-    """Each weight matrix inside the layers, by parameter name, dense: 2 · its size."""
+    """Each weight matrix inside the layers, by name, dense: 2 · its size · the share of tokens that use it."""
+    sizes: Mapping[str, int]
+    """Weights in each of them."""
     attention: float
     """Scores and weighted values of all layers. A query at position t sees t + 1 keys, so (T + 1)/2 on average: half of
     what a count that ignores causality gives."""
@@ -86,12 +123,15 @@ class ModelFlops:
             raise ValueError(f"{type(model).__name__} holds no Transformer")
         shapes = weight_shapes(model)
         head_name = "embed.weight" if config.ties_embeddings else "head.weight"
+        shares = _expert_shares(model)
+        sizes = {
+            name: prod(shape)
+            for name, shape in shapes.items()
+            if len(shape) == 2 and _part(name) in ("attention", "ffn", "moe", "router")
+        }
         return cls(
-            linear={
-                name: 2.0 * prod(shape)
-                for name, shape in shapes.items()
-                if len(shape) == 2 and _part(name) in ("attention", "ffn")
-            },
+            linear={name: 2.0 * size * float(_share(name, shares)) for name, size in sizes.items()},
+            sizes=sizes,
             attention=2 * config.num_layers * 2.0 * config.dim * (seq_len + 1) / 2,
             head=2.0 * prod(shapes[head_name]),
             head_name=head_name,
@@ -100,7 +140,7 @@ class ModelFlops:
     @property
     def num_linear_parameters(self) -> int:
         """Weights inside the layers' matrices: what N_avg averages."""
-        return round(sum(self.linear.values()) / 2)
+        return sum(self.sizes.values())
 
     def forward_per_token(self, densities: Mapping[str, float] | None = None) -> float:
         """FLOPs of the forward pass, zeros not counted.
