@@ -5,7 +5,18 @@ clock and iterates over no set, so ranks that plan for themselves agree; a `fing
 """
 
 from sparsetrain.moe.placement.dispatch import Dispatch, DispatchMethod, dispatch
+from sparsetrain.moe.placement.materialise import PlacementMethod, materialise, materialise_layers
 from sparsetrain.moe.placement.placement import Placement, own_evenly
 from sparsetrain.moe.placement.topology import Topology
 
-__all__ = ["Dispatch", "DispatchMethod", "Placement", "Topology", "dispatch", "own_evenly"]
+__all__ = [
+    "Dispatch",
+    "DispatchMethod",
+    "Placement",
+    "PlacementMethod",
+    "Topology",
+    "dispatch",
+    "materialise",
+    "materialise_layers",
+    "own_evenly",
+]

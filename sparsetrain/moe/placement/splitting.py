@@ -1,10 +1,10 @@
 """How many rows each holder of an expert takes: a flow from overfull devices to those with room.
 
-The split starts as the paper's (arXiv 2502.02581), which crosses nodes as little as the placement allows, and moves rows
-from every device above a capacity along paths of replicas: an expert's rows go from one holder to another, which may in
-turn hand rows of another expert on. Paths inside a node are taken before paths across. When no path is left, the devices
-that can be reached from the overfull ones share more rows than they have room for: the capacity rises to their mean,
-which no split can stay below. So the fullest device ends at the capacity asked for, or at the least possible maximum.
+The split starts as the paper's (arXiv 2502.02581), which crosses nodes as little as the placement allows, and moves
+rows from every device above a capacity along paths of replicas: an expert's rows go from one holder to another, which
+may in turn hand on rows of another expert. Paths inside a node are taken before paths across. When no path is left, the
+devices that the overfull ones can reach share more rows than they have room for: the capacity rises to their mean, and
+no split can stay below that. So the fullest device ends at the capacity asked for or at the least possible maximum.
 """
 
 from itertools import pairwise
@@ -45,9 +45,7 @@ def near_split(counts_ES: IntArray, placement: Placement, topology: Topology) ->
     holders_EN = np.add.reduceat(placement.holders_ED, first_N, axis=1, dtype=np.int64)
     share_EN = away_EN / np.maximum(holders_EN, 1)
     far_E = np.where(holders_EN == 0, away_EN, 0).sum(axis=1) / holders_EN.sum(axis=1)
-    near_P: FloatArray = (
-        counts_ES[expert_P, device_P] + share_EN[expert_P, topology.node_D[device_P]] + far_E[expert_P]
-    )
+    near_P: FloatArray = counts_ES[expert_P, device_P] + share_EN[expert_P, topology.node_D[device_P]] + far_E[expert_P]
     return near_P
 
 
