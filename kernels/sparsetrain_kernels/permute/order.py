@@ -1,0 +1,39 @@
+"""Index arithmetic of rows: sorted by expert, and sorted by token.
+
+Shapes: T tokens, K top-k, E experts, R rows: a row is one assignment of a token to an expert.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order the assignments of tokens to experts as rows, by expert and then by token; nothing waits for a GPU.
+
+    Args:
+        expert_TK: Integers, the K experts of each token.
+        num_experts: E.
+
+    Returns:
+        token_R: int64, the token of each row.
+        row_of_TK: int64, the row of each assignment: `values_TK.flatten()` scattered to it are in row order.
+        counts_E: int64, rows of each expert.
+    """
+    expert_A = expert_TK.flatten()
+    order_R = torch.argsort(expert_A, stable=True)
+    row_of_A = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_A.device)
+    counts_E.scatter_add_(0, expert_A.to(torch.int64), torch.ones_like(order_R))
+    return order_R // expert_TK.shape[1], row_of_A.view(expert_TK.shape), counts_E
+
+
+def rows_by_token(token_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows of each token, one token after the other.
+
+    Returns:
+        row_R: int64, rows sorted by token; those of one token in ascending order.
+        first_T: int64 [T + 1], where in `row_R` a token's rows begin; its last entry is R.
+    """
+    first_T = torch.zeros(num_tokens + 1, dtype=torch.int64, device=token_R.device)
+    first_T.scatter_add_(0, token_R + 1, torch.ones_like(token_R))
+    return torch.argsort(token_R, stable=True), first_T.cumsum_(0)
