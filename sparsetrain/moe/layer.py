@@ -3,7 +3,6 @@
 Shapes: T tokens, D model dim, E experts.
 """
 
-from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -15,7 +14,7 @@ from sparsetrain.moe.capacity import Overflow, limit_rows
 from sparsetrain.moe.experts import Experts, ExpertSpec
 from sparsetrain.moe.feed_forward import Activation, FeedForward
 from sparsetrain.moe.load import LoadMeter
-from sparsetrain.moe.losses import Scope, balance_loss, z_loss
+from sparsetrain.moe.losses import LossWeights, Scope
 from sparsetrain.moe.routers import Router, build_router
 from sparsetrain.moe.routing import Routing
 from sparsetrain.moe.upcycle import ALIKE, Diversity, upcycle_
@@ -66,18 +65,22 @@ class MoELayer(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
-        _check(num_experts, shared_experts, capacity_factor, overflow, aux_loss, z_loss, aux_scope)
-        self.capacity_factor, self.overflow = capacity_factor, overflow
-        self.aux_loss, self.z_loss, self.aux_scope = aux_loss, z_loss, aux_scope
+        _check(num_experts, shared_experts, capacity_factor, overflow)
         spec = ExpertSpec(dim, ffn_dim, activation, bias)
         if not isinstance(router, Router):
             router = build_router(router, dim, num_experts, top_k, layer=layer)
+        if router.num_experts != num_experts:
+            raise MoeError(f"num_experts = {num_experts}: the router is one for {router.num_experts} experts")
+        self.capacity_factor, self.overflow = capacity_factor, overflow
+        self.loss_weights = LossWeights(aux_loss, z_loss, aux_scope)
+        self.loss_weights.check(router)
         self.router = router
         self.experts = Experts(spec, num_experts)
         self.shared = FeedForward(dim, shared_experts * ffn_dim, activation, bias) if shared_experts else None
         self.load = LoadMeter(num_experts)
         """Counts the tokens of forward passes with gradients, each once; `take` it after every optimizer step."""
         self._loss: tuple[Tensor, int] | None = None
+        self._was_recorded = False
 
     @classmethod
     def from_dense(
@@ -111,6 +114,8 @@ class MoELayer(nn.Module):
         upcycle_(nn.ModuleDict({"moe": layer}), weights.__getitem__, diversity)
         return layer
 
+    # A break between graphs: how many rows an expert has is known at run time only.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Apply the layer.
 
@@ -120,6 +125,9 @@ class MoELayer(nn.Module):
 
         Returns:
             [..., D], in the autocast dtype or that of x.
+
+        Raises:
+            MoeError: The router needs token ids and has none; or the layer is recomputed by a reentrant checkpoint.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         seq_len = x.shape[-2] if x.dim() > 1 else 1
@@ -139,22 +147,20 @@ class MoELayer(nn.Module):
         return loss
 
     def _record(self, wanted: Routing, dropped: Tensor, seq_len: int) -> None:
-        """Count the load and keep the losses of a forward pass that is for training, and not a recomputation."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        """Count the load and keep the losses of a forward pass that is for training, once if it is recomputed."""
+        if not torch.is_grad_enabled():
             return
-        self.load.add(wanted, dropped)
-        losses = list(self._losses(wanted, seq_len))
-        self._loss = (torch.stack(losses).sum(), wanted.num_tokens) if losses else None
-
-    def _losses(self, wanted: Routing, seq_len: int) -> Iterator[Tensor]:
-        if self.aux_loss and wanted.scores_TE is not None:
-            group_len = seq_len if self.aux_scope == "sequence" else wanted.num_tokens
-            yield self.aux_loss * balance_loss(wanted, group_len)
-        if self.z_loss and wanted.logits_TE is not None:
-            yield self.z_loss * z_loss(wanted)
-        penalty = self.router.penalty(wanted, seq_len)
-        if penalty is not None:
-            yield penalty
+        # In a recomputation too: activation checkpointing wants to see the same operations again.
+        loss = self.loss_weights.total(wanted, seq_len, self.router)
+        if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
+            self._was_recorded = True
+            self.load.add(wanted, dropped)
+            self._loss = None if loss is None else (loss, wanted.num_tokens)
+        elif not self._was_recorded:
+            raise MoeError(
+                "a MoELayer inside torch.utils.checkpoint(use_reentrant=True) runs without gradients first, so that "
+                "neither its load nor its losses can be told from an evaluation's; pass use_reentrant=False"
+            )
 
 
 def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
@@ -188,27 +194,12 @@ def auxiliary_loss(model: nn.Module, reduction: Literal["mean", "sum"] = "mean")
     return total
 
 
-def _check(
-    num_experts: int,
-    shared_experts: int,
-    capacity_factor: float | None,
-    overflow: str,
-    aux_loss: float,
-    z_loss: float,
-    aux_scope: str,
-) -> None:
+def _check(num_experts: int, shared_experts: int, capacity_factor: float | None, overflow: str) -> None:
     if num_experts < 1:
         raise MoeError(f"num_experts = {num_experts}: must be at least 1")
     if shared_experts < 0:
         raise MoeError(f"shared_experts = {shared_experts}: must not be negative")
     if capacity_factor is not None and not capacity_factor > 0:
         raise MoeError(f"capacity_factor = {capacity_factor}: must be above 0; None drops nothing")
-    for name, weight in (("aux_loss", aux_loss), ("z_loss", z_loss)):
-        if not weight >= 0:
-            raise MoeError(f"{name} = {weight}: a weight must not be negative")
-    for name, value, known in (
-        ("overflow", overflow, ("drop", "pad")),
-        ("aux_scope", aux_scope, ("micro_batch", "sequence")),
-    ):
-        if value not in known:
-            raise MoeError(f"{name} = {value}: expected {' or '.join(known)}")
+    if overflow not in ("drop", "pad"):
+        raise MoeError(f"overflow = {overflow}: expected drop or pad")

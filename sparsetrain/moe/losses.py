@@ -6,21 +6,68 @@ however the tokens were cut.
 Shapes: T tokens, E experts, S sequences or other groups of tokens, R rows.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparsetrain.errors import MoeError
+from sparsetrain.moe.routers import Router
 from sparsetrain.moe.routing import Routing
 
 Scope = Literal["micro_batch", "sequence"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much the losses of a layer weigh.
+
+    Raises:
+        MoeError: A weight is negative, or the scope unknown.
+    """
+
+    aux_loss: float = 0.0
+    """Of the balance loss."""
+    z_loss: float = 0.0
+    aux_scope: Scope = "micro_batch"
+    """Balance the tokens of a call, or of each sequence."""
+
+    def __post_init__(self) -> None:
+        for name in ("aux_loss", "z_loss"):
+            if not getattr(self, name) >= 0:
+                raise MoeError(f"{name} = {getattr(self, name)}: a weight must not be negative")
+        if self.aux_scope not in ("micro_batch", "sequence"):
+            raise MoeError(f"aux_scope = {self.aux_scope}: expected micro_batch or sequence")
+
+    def check(self, router: Router) -> None:
+        """Make sure that a router has what is weighted.
+
+        Raises:
+            MoeError: It has not.
+        """
+        for name in ("aux_loss", "z_loss"):
+            if getattr(self, name) and name not in router.losses:
+                raise MoeError(f"{name} = {getattr(self, name)}: {type(router).__name__} has no such loss; set it to 0")
+
+    def total(self, routing: Routing, seq_len: int, router: Router) -> Tensor | None:
+        """The weighted losses and the router's own penalty, summed over tokens; None where there is none."""
+        losses = []
+        if self.aux_loss:
+            group_len = seq_len if self.aux_scope == "sequence" else routing.num_tokens
+            losses.append(self.aux_loss * balance_loss(routing, group_len))
+        if self.z_loss:
+            losses.append(self.z_loss * z_loss(routing))
+        if (penalty := router.penalty(routing, seq_len)) is not None:
+            losses.append(penalty)
+        return torch.stack(losses).sum() if losses else None
 
 
 def balance_loss(routing: Routing, group_len: int) -> Tensor:
     """Σ over groups of n · E · Σ_e f_e · P_e (Switch Transformer, arXiv 2101.03961, eq. 4).
 
     f_e: share of the group's rows that go to expert e; P_e: mean of its n tokens' scores for e. n where the load is
-    even. The gradient flows through P.
+    even; `load_balancing_loss_func` of transformers gives top_k times as much. The gradient flows through P.
 
     Args:
         routing: With scores, before any rows are dropped.
@@ -28,8 +75,12 @@ def balance_loss(routing: Routing, group_len: int) -> Tensor:
 
     Returns:
         0-d, in the dtype of the scores.
+
+    Raises:
+        MoeError: The routing has no scores.
     """
-    assert routing.scores_TE is not None
+    if routing.scores_TE is None:
+        raise MoeError("aux_loss: the router gives no scores_TE to balance; set aux_loss = 0")
     num_experts, group_len = routing.num_experts, max(group_len, 1)
     scores_SNE = routing.scores_TE.view(-1, group_len, num_experts)
     cell_R = routing.token_R // group_len * num_experts + routing.expert_R
@@ -44,6 +95,10 @@ def z_loss(routing: Routing) -> Tensor:
 
     Returns:
         0-d, in the dtype of the logits.
+
+    Raises:
+        MoeError: The routing has no logits.
     """
-    assert routing.logits_TE is not None
+    if routing.logits_TE is None:
+        raise MoeError("z_loss: the router gives no logits_TE; set z_loss = 0")
     return routing.logits_TE.logsumexp(dim=-1).square().sum()

@@ -22,6 +22,8 @@ class Router(nn.Module, ABC):
         MoeError: top_k is below 1 or above E.
     """
 
+    losses: frozenset[str] = frozenset({"aux_loss", "z_loss"})
+    """Which of the two its routings can be asked for: whether they have scores, and logits."""
     weight_sum: float | None = None
     """What the weights of a token's experts add up to, where that is the same for all tokens."""
 

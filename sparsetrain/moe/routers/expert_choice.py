@@ -17,6 +17,8 @@ class ExpertChoiceRouter(LearnedRouter):
     whether a token is chosen depends on the tokens after it: a causal language model sees a little of the future.
     """
 
+    losses = frozenset({"z_loss"})
+
     def forward(self, x_TD: Tensor, *, seq_len: int | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route T tokens; see `Router.forward`."""
         logits_TE = self.logits(x_TD)

@@ -17,6 +17,8 @@ class HashRouter(Router):
     every process, and another one in each layer. Nothing is learned, and frequent tokens load their experts.
     """
 
+    losses = frozenset()
+
     def __init__(self, config: Hash, num_experts: int, top_k: int, layer: int) -> None:
         super().__init__(num_experts, top_k)
         self.seed, self.layer = config.seed, layer
@@ -30,9 +32,7 @@ class HashRouter(Router):
         """
         if token_ids_T is None or len(token_ids_T) != len(x_TD):
             given = "none" if token_ids_T is None else str(len(token_ids_T))
-            raise MoeError(
-                f"router = hash needs the ids of its {len(x_TD)} tokens and got {given}: layer(x, token_ids)"
-            )
+            raise MoeError(f"router = hash needs the ids of {len(x_TD)} tokens and got {given}: layer(x, token_ids)")
         experts_E = torch.arange(self.num_experts, device=token_ids_T.device)
         place_TE = token_ids_T.long().unsqueeze(1) * self.num_experts + experts_E
         keys_TE = random_keys(self.seed, f"moe layer {self.layer}", place_TE)
