@@ -15,6 +15,9 @@ from sparsetrain.moe.placement.topology import FloatArray, IntArray, Topology
 
 PlacementMethod = Literal["best", "paper"]
 
+_RELIEF_WORK, _RELIEF_VARIANTS = 2**22, 16
+"""Array elements that `relieve` may go through, and the ways it tries at most."""
+
 
 def materialise(
     load_E: ArrayLike,
@@ -104,18 +107,34 @@ def best_plan(
 ) -> Plan:
     """The plan of `sweep`, or that of `relieve` in layers that the first leaves uneven and the second less so.
 
+    `relieve` gets the most uneven layers, and tries as many variants, as a bound on its work allows: at any number of
+    devices planning stays within milliseconds.
+
     Arguments as for `sweep`.
     """
     swept = sweep(load_LE, owners_LE, topology, slots=slots, hot=hot, tolerance=tolerance)
-    uneven = np.flatnonzero(swept.peak_L > 1 + 2 * tolerance + TINY)
+    num_experts, num_devices = load_LE.shape[1], topology.num_devices
+    affordable = _RELIEF_WORK // (slots * num_devices * max(num_experts, num_devices))
+    uneven = np.argsort(-swept.peak_L, kind="stable")[:affordable]
+    uneven = uneven[swept.peak_L[uneven] > 1 + 2 * tolerance + TINY]
     if not len(uneven):
         return swept
-    relieved = relieve(load_LE[uneven], owners_LE[uneven], topology, slots=slots, hot=hot, tolerance=tolerance)
-    better = np.zeros(len(load_LE), dtype=np.bool_)
-    better[uneven] = relieved.peak_L < swept.peak_L[uneven] - TINY
-    keep_R, take_R = ~better[swept.layer_R], better[uneven][relieved.layer_R]
+    variants = min(affordable // len(uneven), _RELIEF_VARIANTS)
+    relieved = relieve(
+        load_LE[uneven],
+        owners_LE[uneven],
+        topology,
+        slots=slots,
+        hot=hot,
+        tolerance=tolerance,
+        variants=variants,
+    )
+    better = relieved.peak_L < swept.peak_L[uneven] - TINY
+    replaced_L = np.zeros(len(load_LE), dtype=np.bool_)
+    replaced_L[uneven] = better
+    keep_R, take_R = ~replaced_L[swept.layer_R], better[relieved.layer_R]
     peak_L = swept.peak_L.copy()
-    peak_L[uneven] = np.minimum(peak_L[uneven], relieved.peak_L)
+    peak_L[uneven[better]] = relieved.peak_L[better]
     return Plan.gather(
         [
             (swept.layer_R[keep_R], swept.expert_R[keep_R], swept.device_R[keep_R]),

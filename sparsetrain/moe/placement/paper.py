@@ -47,7 +47,7 @@ def materialise_by_share(
 
 
 def _spread(held_D: BoolArray, count: int, free_D: IntArray, load_D: FloatArray, topology: Topology) -> IntArray:
-    """Devices for so many replicas, fewer if slots run out: in nodes with the fewest holders, then of the least load."""
+    """Devices for so many replicas, fewer if slots run out: nodes with the fewest holders first, then least load."""
     candidate_D = np.flatnonzero((free_D > 0) & ~held_D)
     candidate_D = candidate_D[np.lexsort((load_D[candidate_D], topology.node_D[candidate_D]))]
     node_D = topology.node_D[candidate_D]
