@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.config.sparsity import Constant, SparsityRule
 from sparsetrain.errors import CheckpointError, ConfigError, ShardingError
-from sparsetrain.sharding import WeightShard, weight_shards
+from sparsetrain.sharding import Move, WeightShard, on_move, weight_shards
 from sparsetrain.sparsity.matching import describe_parameters, match_rules
 from sparsetrain.sparsity.methods import METHODS, Method
 from sparsetrain.sparsity.schedules import Timetable
@@ -56,7 +56,8 @@ class Sparsifier:
 
     After every step of the optimizer zeroed weights are exactly 0, in the optimizer's own copy too, and so are their
     moments; their gradient is 0 when the optimizer reads it. Masks are functions of the values, not of the layout:
-    plain, `fully_shard`-ed and flat-partitioned weights with equal values get bitwise equal masks.
+    plain, `fully_shard`-ed and flat-partitioned weights with equal values get bitwise equal masks. Weights that move
+    between ranks take theirs along.
 
         sparsifier = Sparsifier([SparsityRule(params="*.ffn.*", method="static", sparsity=0.75)])
         sparsifier.attach(model, optimizer)
@@ -152,16 +153,17 @@ class Sparsifier:
             for method, weights in zip(self._methods, self._weights, strict=True):
                 update_masks(weights, method.first_masks(weights), count_flips=False)
         self._zero_everything()
+        self._handles = on_move(model, self._follow)
         if optimizer is not None:
             self._zeroes_moments_each_step = type(optimizer) not in _KEEPS_ZEROS
-            self._handles = [
+            self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(lambda *_: self.after_step()),
             ]
         return self
 
     def detach(self) -> None:
-        """Stop following the optimizer. Weights stay as they are; nothing keeps the zeroed ones at 0 any more."""
+        """Stop following optimizer and moves. Weights stay as they are; nothing keeps the zeroed ones at 0 any more."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -287,6 +289,14 @@ class Sparsifier:
         )
         for weight in self._all():
             weight.flips = state["flips"][weight.shard.name]
+
+    def _follow(self, move: Move) -> None:
+        """Take the masks of weights that have changed ranks along."""
+        shards = {shard.name: shard for shard in move.shards}
+        moved = {weight.shard.name: weight for weight in self._all() if weight.shard.name in shards}
+        carried = move.carry({name: weight.bits for name, weight in moved.items()})
+        for name, weight in moved.items():
+            weight.shard, weight.bits = shards[name], carried[name]
 
     def _set_timetables(self, tables: Sequence[Timetable]) -> None:
         self._methods = [
