@@ -18,7 +18,7 @@ from sparsetrain.models.loss import linear_cross_entropy
 from sparsetrain.models.norms import LayerNorm, RMSNorm
 from sparsetrain.models.rotary import rotation_table
 from sparsetrain.moe.feed_forward import Activation, FeedForward
-from sparsetrain.moe.layer import MoELayer
+from sparsetrain.moe.layer import MoELayer, moe_layers
 
 _VOCAB_MULTIPLE = 64
 
@@ -83,6 +83,9 @@ class Transformer(nn.Module):
         config: Shape of the network.
         vocab_size: Rows of the embedding, V.
         max_seq_len: Longest sample; bounds the learned positions of GPT-2, unused by rotary embeddings.
+
+    Raises:
+        PlacementError: The load trace that model.moe.router replays is missing, or of another model.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, max_seq_len: int) -> None:
@@ -91,6 +94,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(vocab_size, config.dim)
         self.positions = nn.Embedding(max_seq_len, config.dim) if config.arch == "gpt2" else None
         self.layers = nn.ModuleList(TransformerLayer(config, i) for i in range(config.num_layers))
+        for _, moe in moe_layers(self):
+            moe.router.check_model(len(config.moe_layers))
         self.norm = _norm(config)
         # Not a shared parameter where tied: sharing does not survive the way from the meta device.
         self.head = None if config.ties_embeddings else nn.Linear(config.dim, vocab_size, bias=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from sparsetrain_kernels import moe_ffn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparsetrain.errors import MoeError
 from sparsetrain.moe.feed_forward import Activation
@@ -107,24 +107,18 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Sum over a token's rows of weight · expert(x): [T, D] in the dtype of the products."""
-        y_RD = []
-        rows = torch.split(x_TD[routing.token_R], routing.counts_E.tolist())
-        for expert, x_RD in enumerate(rows):
-            y_RD.append(self._expert(x_RD, expert))
-        y = torch.cat(y_RD)
-        weighted = y * routing.weight_R.unsqueeze(1).to(y.dtype)
-        return y.new_zeros(len(x_TD), x_TD.shape[1]).index_add(0, routing.token_R, weighted)
-
-    def _expert(self, x_RD: Tensor, expert: int) -> Tensor:
-        b_in = None if self.b_in is None else self.b_in[expert]
-        b_out = None if self.b_out is None else self.b_out[expert]
-        h_RH = F.linear(x_RD, self.w_in[expert], b_in)
-        if self.spec.activation == "swiglu":
-            gate_RF, up_RF = h_RH.chunk(2, dim=-1)
-            h_RF = F.silu(gate_RF) * up_RF
-        else:
-            h_RF = F.gelu(h_RH, approximate="tanh")
-        return F.linear(h_RF, self.w_out[expert], b_out)
+        y_TD: Tensor = moe_ffn(
+            x_TD,
+            routing.token_R,
+            routing.weight_R,
+            routing.counts_E,
+            self.w_in,
+            self.w_out,
+            b_in=self.b_in,
+            b_out=self.b_out,
+            activation=self.spec.activation,
+        )
+        return y_TD
 
     def describe_weights(self, path: str) -> dict[str, tuple[int, ...]]:
         """Every expert's weights, `{path}.{expert}.{gate,up,down}`; see DescribesWeights."""

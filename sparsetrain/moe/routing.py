@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K top-k, R rows: a row is one assignment of a token
 from dataclasses import dataclass
 
 import torch
+from sparsetrain_kernels import sort_by_expert
 from torch import Tensor
 
 
@@ -51,15 +52,12 @@ class Routing:
             scores_TE: As above.
             logits_TE: As above.
         """
-        num_tokens, top_k = expert_TK.shape
-        expert_A = expert_TK.flatten()
-        order_R = torch.argsort(expert_A, stable=True)
-        counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_TK.device)
+        token_R, row_of_TK, counts_E = sort_by_expert(expert_TK, num_experts)
         return cls(
-            token_R=order_R // top_k,
-            counts_E=counts_E.scatter_add_(0, expert_A, torch.ones_like(expert_A)),
-            weight_R=weight_TK.flatten()[order_R],
-            num_tokens=num_tokens,
+            token_R=token_R,
+            counts_E=counts_E,
+            weight_R=torch.empty_like(weight_TK).flatten().scatter(0, row_of_TK.flatten(), weight_TK.flatten()),
+            num_tokens=len(expert_TK),
             dropped=torch.zeros((), dtype=torch.int64, device=expert_TK.device),
             scores_TE=scores_TE,
             logits_TE=logits_TE,
@@ -86,7 +84,7 @@ class Routing:
         return cls(
             token_R=token_R,
             counts_E=chosen_TE.sum(0),
-            weight_R=weight_TE[token_R, expert_R],
+            weight_R=weight_TE.flatten().gather(0, token_R * chosen_TE.shape[1] + expert_R),
             num_tokens=len(chosen_TE),
             dropped=torch.zeros((), dtype=torch.int64, device=chosen_TE.device),
             scores_TE=scores_TE,

@@ -47,6 +47,13 @@ class Router(nn.Module, ABC):
         """A loss of the router's own, weighted and summed over the tokens of `routing`; None for none."""
         return None
 
+    def check_model(self, num_layers: int) -> None:
+        """Make sure that the router can serve in a model of so many MoE layers.
+
+        Raises:
+            SparsetrainError: It cannot.
+        """
+
     def after_step(self, counts_E: Tensor) -> None:
         """An optimizer step was taken.
 

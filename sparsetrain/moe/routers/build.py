@@ -5,6 +5,7 @@ from sparsetrain.config.moe import (
     ExpertChoice,
     Hash,
     ReluGate,
+    Replay,
     RouterConfig,
     SigmoidTopK,
     SoftmaxTopK,
@@ -16,6 +17,7 @@ from sparsetrain.moe.routers.dense_to_sparse import DenseToSparseRouter
 from sparsetrain.moe.routers.expert_choice import ExpertChoiceRouter
 from sparsetrain.moe.routers.hash import HashRouter
 from sparsetrain.moe.routers.relu import ReluRouter
+from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.moe.routers.sigmoid_topk import SigmoidTopKRouter
 from sparsetrain.moe.routers.softmax_topk import SoftmaxTopKRouter
 
@@ -33,6 +35,7 @@ def build_router(router: str | RouterConfig, dim: int, num_experts: int, top_k: 
     Raises:
         MoeError: No router has that name, or top_k is not between 1 and num_experts.
         ConfigError: A router is named that has no default settings.
+        PlacementError: The load trace of replay is missing, or of another model.
     """
     match _config_of(router) if isinstance(router, str) else router:
         case SoftmaxTopK() as config:
@@ -47,6 +50,8 @@ def build_router(router: str | RouterConfig, dim: int, num_experts: int, top_k: 
             return DenseToSparseRouter(config, dim, num_experts, top_k)
         case ReluGate() as config:
             return ReluRouter(config, dim, num_experts, top_k)
+        case Replay() as config:
+            return ReplayRouter(config, dim, num_experts, top_k, layer)
         case other:
             raise MoeError(f"router = {other}: expected a name, or a config of sparsetrain.config.moe")
 
