@@ -1,5 +1,6 @@
 """Weights that change ranks during training, and how whoever keeps something per weight follows them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Movable:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._listeners: dict[int, Listener] = {}
+        self._listeners: OrderedDict[int, Listener] = OrderedDict()  # handles cannot refer weakly to a plain dict
 
     def on_move(self, listener: Listener) -> RemovableHandle:
         """Call `listener` with every move to come, in order of registration; the handle's `remove` ends it."""
