@@ -146,6 +146,10 @@ class MoELayer(nn.Module):
         loss, self._loss = self._loss, None
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: a loss belongs to the graph that it is part of."""
+        return {**self.__dict__, "_loss": None}
+
     def _record(self, wanted: Routing, dropped: Tensor, seq_len: int) -> None:
         """Count the load and keep the losses of a forward pass that is for training, once if it is recomputed."""
         if not torch.is_grad_enabled():
@@ -185,13 +189,9 @@ def auxiliary_loss(model: nn.Module, reduction: Literal["mean", "sum"] = "mean")
     Returns:
         0-d, with gradient; 0 where nothing was computed, such as under no_grad.
     """
-    total = torch.zeros(())
-    for _, layer in moe_layers(model):
-        taken = layer.take_loss()
-        if taken is not None:
-            loss, num_tokens = taken
-            total = total.to(loss.device) + (loss if reduction == "sum" else loss / max(num_tokens, 1))
-    return total
+    taken = [loss for _, layer in moe_layers(model) if (loss := layer.take_loss()) is not None]
+    losses = [loss if reduction == "sum" else loss / max(num_tokens, 1) for loss, num_tokens in taken]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def _check(num_experts: int, shared_experts: int, capacity_factor: float | None, overflow: str) -> None:

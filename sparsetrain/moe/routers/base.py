@@ -1,11 +1,12 @@
 """What every router is."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from sparsetrain_kernels.precision import as_written
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from sparsetrain.errors import MoeError
 from sparsetrain.moe.routing import Routing
@@ -85,6 +86,26 @@ class LearnedRouter(Router):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """W x, in float32 or, for float64 inputs, float64: [T, E]."""
+        logits_TE: Tensor = _ExactProduct.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        return logits_TE
+
+
+class _ExactProduct(torch.autograd.Function):
+    """x wᵀ in float32 or better, that keeps x for its gradient in the dtype that x has."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with as_written(x_TD.device):
-            return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            return x_TD.to(dtype) @ weight_ED.to(dtype).mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogits_TE: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_ED = ctx.saved_tensors
+        dtype = dlogits_TE.dtype
+        with as_written(x_TD.device):
+            dx_TD = (dlogits_TE @ weight_ED.to(dtype)).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+            dweight_ED = dlogits_TE.mT @ x_TD.to(dtype)
+        return dx_TD, dweight_ED.to(weight_ED.dtype)

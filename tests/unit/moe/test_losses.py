@@ -1,5 +1,6 @@
 """Balance and z-loss: their equations, gradients and scale; each forward pass counts once."""
 
+import copy
 import math
 
 import pytest
@@ -151,6 +152,15 @@ def test_losses_are_taken_once_and_are_those_of_the_latest_forward_pass():
     assert auxiliary_loss(moe).item() == 0
     moe(x)
     assert_close(auxiliary_loss(moe), latest)
+
+
+def test_a_layer_can_be_copied_between_forward_and_backward():
+    moe = layer()
+    moe(inputs())
+    copied = copy.deepcopy(moe)
+    assert auxiliary_loss(copied).item() == 0
+    assert torch.equal(copied.load.read().values, moe.load.read().values)
+    assert auxiliary_loss(moe).item() > 0
 
 
 def test_evaluation_leaves_no_loss_and_no_load():
