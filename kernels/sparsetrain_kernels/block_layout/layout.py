@@ -11,22 +11,11 @@ from sparsetrain_kernels.block_layout import flex, picture
 from sparsetrain_kernels.block_layout.lists import BlockList
 from sparsetrain_kernels.block_layout.patterns import Pattern
 from sparsetrain_kernels.block_layout.ranges import block_ranges, document_bounds, query_bounds
+from sparsetrain_kernels.block_layout.visibility import Visibility
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.nn.attention.flex_attention import BlockMask
-
-
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """What a kernel needs to know of a layout and of the tokens hidden inside its blocks."""
-
-    row_ranges: Tensor
-    """int32 [B or 1, H or 1, Q, 4]: see `ranges.py`; the last dimension is FIRST, FULL, NOT_FULL, END."""
-    column_ranges: Tensor
-    """int32 [B or 1, H or 1, K, 4]."""
-    bounds: Tensor | None
-    """First key of each query and one past its last, int32 [B, S, 2]; None: what `causal` alone leaves visible."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +223,7 @@ class BlockLayout:
         if cu_seqlens is None:
             variant = causal + 2 * (num_keys < self.num_key_blocks * self.block)
             rows, columns = (ranges[variant : variant + 1] for ranges in self._ranges)
-            return Visibility(rows, columns, None)
+            return self._visibility(causal, rows, columns, None)
         first_query = self.first_query_block * self.block
         # A slice does not know how long the whole is: then cu_seqlens are those of one sample, and say so.
         whole = self.shift == 0 and first_query == 0 and num_queries == num_keys
@@ -248,7 +237,11 @@ class BlockLayout:
             shift=self.shift,
             documents=documents - self.first_key_block * self.block,
         )
-        return Visibility(*block_ranges(self.rows, self.columns, bounds, self.block), bounds)
+        return self._visibility(causal, *block_ranges(self.rows, self.columns, bounds, self.block), bounds)
+
+    def _visibility(self, causal: bool, rows: Tensor, columns: Tensor, bounds: Tensor | None) -> Visibility:
+        lists = self.rows.indices, rows, self.columns.indices, columns
+        return Visibility(self.block, causal, self.shift, *lists, bounds)
 
     def _aligned(self, other: "BlockLayout") -> Tensor:
         """The other's mask, if it lies over the same blocks."""
