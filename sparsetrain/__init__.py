@@ -7,6 +7,7 @@
     job = st.submit("configs/demo.yaml", address="auto")     # as a job on a Ray cluster
     sparsifier = st.Sparsifier([st.SparsityRule(...)])       # for any nn.Module and any torch optimizer
     sparsifier.attach(model, optimizer)
+    moe = st.MoELayer(dim=512, ffn_dim=2048, num_experts=64, top_k=2)   # a plain nn.Module
 
 Names are imported when they are first used, so that reading a config does not wait for torch.
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sparsetrain.data import Dataset, prepare
     from sparsetrain.errors import ConfigError, SparsetrainError
     from sparsetrain.models import Transformer
+    from sparsetrain.moe import MoELayer, auxiliary_loss
     from sparsetrain.sharding import FlatPartition, WeightShard, clip_grads_, global_grad_norm, weight_shards
     from sparsetrain.sparsity import Sparsifier
     from sparsetrain.training import evaluate_run, generate_text, train
@@ -28,6 +30,7 @@ __all__ = [
     "ConfigError",
     "Dataset",
     "FlatPartition",
+    "MoELayer",
     "ModelConfig",
     "RunConfig",
     "SparsetrainError",
@@ -35,6 +38,7 @@ __all__ = [
     "SparsityRule",
     "Transformer",
     "WeightShard",
+    "auxiliary_loss",
     "clip_grads_",
     "dump_config",
     "evaluate_run",
@@ -54,6 +58,7 @@ _ROOMS = {
     "data": ("Dataset", "prepare"),
     "errors": ("ConfigError", "SparsetrainError"),
     "models": ("Transformer",),
+    "moe": ("MoELayer", "auxiliary_loss"),
     "sharding": ("FlatPartition", "WeightShard", "clip_grads_", "global_grad_norm", "weight_shards"),
     "sparsity": ("Sparsifier",),
     "training": ("evaluate_run", "generate_text", "train"),

@@ -18,6 +18,7 @@ from sparsetrain.config.data import (
 from sparsetrain.config.dump import dump_config
 from sparsetrain.config.load import load_config, locate
 from sparsetrain.config.model import Attention, DenseAttention, ModelConfig
+from sparsetrain.config.moe import MoeConfig
 from sparsetrain.config.problem import InvalidConfig, Problem
 from sparsetrain.config.run import (
     BatchRamp,
@@ -67,6 +68,7 @@ __all__ = [
     "LearningRateSchedule",
     "MegatronShards",
     "ModelConfig",
+    "MoeConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PhaseConfig",

@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
         dim: Size of the activations, D.
         ffn_dim: Size inside an expert.
         num_experts: E.
-        top_k: Experts that a token uses.
+        top_k: Experts that a token uses; a `Router` of one's own knows it already.
         activation: swiglu or gelu, of experts and shared experts.
         router: A name, a config (`sparsetrain.config.moe`), or a `Router` of one's own.
         shared_experts: How many experts' worth of feed-forward network every token goes through besides.
