@@ -95,7 +95,7 @@ class Placement:
 
     @cached_property
     def _pairs(self) -> tuple[IntArray, IntArray]:
-        expert_P, device_P = np.nonzero(self.holders_ED)
+        expert_P, device_P = np.divmod(np.flatnonzero(self.holders_ED), self.num_devices)
         return expert_P, device_P
 
 

@@ -30,12 +30,16 @@ def capacity_split(counts_ES: IntArray, placement: Placement, topology: Topology
         int64 [P], at least 0; over an expert's holders they sum to its rows exactly.
     """
     rows_P = _round(near_split(counts_ES, placement, topology), counts_ES.sum(axis=1), placement.expert_P)
-    load_D = np.zeros(placement.num_devices, dtype=np.int64)
-    np.add.at(load_D, placement.device_P, rows_P)
+    load_D = loads(rows_P, placement)
     capacity = int(np.ceil(load_D.sum() * (1 + cross_node_cost) / len(load_D)))
     if load_D.max() <= capacity:
         return rows_P
     return _Flow(rows_P, load_D, placement, topology).limit(capacity)
+
+
+def loads(rows_P: IntArray, placement: Placement) -> IntArray:
+    """int64 [D], rows of each device, from those of its pairs."""
+    return np.bincount(placement.device_P, rows_P, placement.num_devices).astype(np.int64)
 
 
 def near_split(counts_ES: IntArray, placement: Placement, topology: Topology) -> FloatArray:
@@ -70,72 +74,79 @@ class _Flow:
 
     def limit(self, capacity: int) -> IntArray:
         """Move rows until no device is above the capacity, raising it where it cannot be kept."""
-        while overfull := [device for device, load in enumerate(self.load) if load > capacity]:
-            moved, reached = self._push(overfull, capacity)
-            if not moved:
-                capacity = -(-sum(self.load[device] for device in reached) // len(reached))
+        load = self.load
+        # The least overfull first: it finds room nearby, and those that have to go far find what is left.
+        for start in sorted((device for device, rows in enumerate(load) if rows > capacity), key=load.__getitem__):
+            while load[start] > capacity:
+                moved, reached = self._relieve(start, capacity)
+                if not moved:
+                    capacity = -(-sum(load[device] for device in reached) // len(reached))
         rows_P = self.all_rows_P.copy()
         rows_P[self.place_P] = self.rows
         return rows_P
 
-    def _push(self, overfull: list[int], capacity: int) -> tuple[bool, list[int]]:
-        """Search from all overfull devices at once, nodes first, and fill each device with room when it is reached.
+    def _relieve(self, start: int, capacity: int) -> tuple[bool, list[int]]:
+        """Search from an overfull device, nodes first, and fill every device with room when it is reached.
 
         Returns:
-            Whether any row moved, and all devices that were reached.
+            Whether any row moved, and the devices that were reached: all there are, if none did.
         """
         rows, load, device, group, expert = self.rows, self.load, self.device, self.group, self.expert
-        root = [-1] * len(load)  # of each device reached: the overfull device whose rows come to it
-        via = [(-1, -1)] * len(load)  # and the pair that hands them on, with its own pair that takes them
-        for start in overfull:
-            root[start] = start
-        queue, far = overfull.copy(), list[int]()
-
-        def reach(giver: int, takers: range) -> None:
-            for taker in takers:
-                there = device[taker]
-                if root[there] < 0:
-                    root[there], via[there] = root[device[giver]], (giver, taker)
-                    queue.append(there)
-
+        # How a device was reached: the pair that hands rows on to it, and its own pair that takes them.
+        giver_to, taker_at = [-1] * len(load), [-1] * len(load)
+        giver_to[start] = 0
+        queue, far, position, position_far = [start], list[int](), 0, 0
         left_group, left_expert = [False] * len(self.holders_in_node), [False] * len(self.holders)
-        moved, position, position_far = False, 0, 0
-        while position < len(queue) or position_far < len(far):
-            if position == len(queue):
-                reach(far[position_far], self.holders[expert[far[position_far]]])
+        moved = False
+        while True:
+            if position < len(queue):
+                here = queue[position]
+                position += 1
+                if load[here] < capacity:
+                    most = min(load[start] - capacity, capacity - load[here])
+                    moved |= self._carry(start, here, giver_to, taker_at, most)
+                    if load[start] <= capacity:
+                        return moved, queue
+                leaving = []
+                for giver in self.pairs[here]:
+                    if rows[giver]:
+                        if not left_group[group[giver]]:
+                            left_group[group[giver]] = True
+                            leaving.append((giver, self.holders_in_node[group[giver]]))
+                        if not left_expert[expert[giver]]:
+                            left_expert[expert[giver]] = True
+                            far.append(giver)
+            elif position_far < len(far):  # nothing more can be reached inside nodes
+                leaving = [(far[position_far], self.holders[expert[far[position_far]]])]
                 position_far += 1
-                continue
-            here = queue[position]
-            position += 1
-            start = root[here]
-            if load[start] <= capacity:
-                continue
-            if load[here] < capacity:
-                moved |= self._carry(start, here, via, min(load[start] - capacity, capacity - load[here]))
-            for giver in self.pairs[here]:
-                if rows[giver]:
-                    if not left_group[group[giver]]:
-                        left_group[group[giver]] = True
-                        reach(giver, self.holders_in_node[group[giver]])
-                    if not left_expert[expert[giver]]:
-                        left_expert[expert[giver]] = True
-                        far.append(giver)
-        return moved, queue
+            else:
+                return moved, queue
+            for giver, takers in leaving:
+                for taker in takers:
+                    there = device[taker]
+                    if giver_to[there] < 0:
+                        giver_to[there] = giver
+                        taker_at[there] = taker
+                        queue.append(there)
 
-    def _carry(self, start: int, end: int, via: list[tuple[int, int]], rows: int) -> bool:
-        """Move up to so many rows along the path, as many as each giver on it has; true if that is any."""
-        path = []
+    def _carry(self, start: int, end: int, giver_to: list[int], taker_at: list[int], most: int) -> bool:
+        """Move up to so many rows along a path, as many as every giver on it has; true if that is any."""
+        rows, device = self.rows, self.device
         here = end
         while here != start:
-            path.append(via[here])
-            here = self.device[via[here][0]]
-        rows = min(rows, *[self.rows[giver] for giver, _ in path])
-        for giver, taker in path:
-            self.rows[giver] -= rows
-            self.rows[taker] += rows
-        self.load[start] -= rows
-        self.load[end] += rows
-        return rows > 0
+            giver = giver_to[here]
+            if rows[giver] < most:
+                most = rows[giver]
+            here = device[giver]
+        here = end
+        while here != start:
+            giver = giver_to[here]
+            rows[giver] -= most
+            rows[taker_at[here]] += most
+            here = device[giver]
+        self.load[start] -= most
+        self.load[end] += most
+        return most > 0
 
 
 def _runs(key_P: IntArray) -> tuple[list[int], list[range]]:
@@ -148,13 +159,9 @@ def _runs(key_P: IntArray) -> tuple[list[int], list[range]]:
 
 
 def _round(split_P: FloatArray, load_E: IntArray, expert_P: IntArray) -> IntArray:
-    """Whole rows within one of the given ones, with exact sums per expert."""
-    first_E = np.searchsorted(expert_P, np.arange(len(load_E)))
-    last_E = np.append(first_E[1:], len(expert_P)) - 1
-    before_P = np.cumsum(split_P) - split_P
-    end_P = before_P + split_P - before_P[first_E][expert_P]
-    rounded_P = np.clip(np.floor(end_P + 0.5).astype(np.int64), 0, load_E[expert_P])
-    rounded_P[last_E] = load_E
-    rows_P = np.diff(rounded_P, prepend=0)
-    rows_P[first_E] = rounded_P[first_E]
+    """Whole rows, with exact sums per expert: rounded down, and what is missing given to its first holders."""
+    first_E = np.flatnonzero(np.diff(expert_P, prepend=-1))
+    rows_P = split_P.astype(np.int64)
+    missing_E = load_E - np.add.reduceat(rows_P, first_E)
+    rows_P += np.arange(len(expert_P)) - first_E[expert_P] < missing_E[expert_P]
     return rows_P
