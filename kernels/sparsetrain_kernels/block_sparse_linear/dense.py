@@ -1,0 +1,41 @@
+"""The three products on whole weights: what every other implementation is held against."""
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, by_block, unpack_index
+
+
+def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
+    """x Wᵀ + bias [T, N]."""
+    return torch.nn.functional.linear(x_TK, whole_weight(weight, index, grid, zeroed), bias_N)
+
+
+def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
+    """dy W [T, K]."""
+    return dy_TN @ whole_weight(weight, index, grid, zeroed)
+
+
+def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool) -> Tensor:
+    """The living blocks of dyᵀ x, packed or in a dense tensor of zeros."""
+    every = dy_TN.T @ x_TK
+    lists = unpack_index(index, grid)
+    if packed:
+        return by_block(every, grid)[lists.places()]
+    return _living_only(every, lists, grid)
+
+
+def whole_weight(weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
+    """The weight [N, K] with zeros in dead blocks, which `zeroed` says are there already."""
+    lists = unpack_index(index, grid)
+    if weight.ndim == 3:
+        whole = weight.new_zeros(grid.shape)
+        by_block(whole, grid)[lists.places()] = weight
+        return whole
+    return weight if zeroed else _living_only(weight, lists, grid)
+
+
+def _living_only(whole: Tensor, lists: BlockLists, grid: Grid) -> Tensor:
+    alive_RC = whole.new_zeros(grid[:2], dtype=torch.bool)
+    alive_RC[lists.places()] = True
+    return torch.where(alive_RC[:, :, None, None], by_block(whole, grid), 0).transpose(1, 2).reshape(grid.shape)

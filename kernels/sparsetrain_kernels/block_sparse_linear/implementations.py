@@ -1,0 +1,101 @@
+"""The three products as operations of the dispatcher, and what tuning measures of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.block_sparse_linear import dense, gather
+from sparsetrain_kernels.block_sparse_linear.layout import WeightBlocks
+from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+
+_TRITON_BLOCKS = (16, 32, 64, 128, 256)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+_TOKENS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
+_FEATURES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096)}
+_BLOCKS = (32, 64, 128)
+_DENSITIES = (0.125, 0.25, 0.5)
+
+
+def _triton(name: str) -> Implementation:
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module("sparsetrain_kernels.block_sparse_linear.triton"), name)(*arguments)
+
+    return Implementation(run, ("cuda",), _suits_triton)
+
+
+def _suits_triton(problem: Problem) -> bool:
+    block = tuple(map(int, problem.variant.split("x")))
+    return problem.dtype != torch.float64 and set(block) <= set(_TRITON_BLOCKS) and find_spec("triton") is not None
+
+
+def _measured(operation: str) -> Callable[[str], Iterator[Problem]]:
+    def problems(device: str) -> Iterator[Problem]:
+        threads = torch.get_num_threads() if device == "cpu" else 1
+        features = _FEATURES[device]
+        for sizes in product(_TOKENS[device], features, features):
+            if prod(sizes[1:]) == features[-1] ** 2 and device == "cpu":
+                continue  # as long as all others together
+            for dtype, block, density in product(_DTYPES[device], _BLOCKS, _DENSITIES):
+                if density * sizes[2] >= block:
+                    yield Problem(operation, f"{block}x{block}", device, dtype, sizes, density, threads)
+
+    return problems
+
+
+def _layout(problem: Problem) -> WeightBlocks:
+    """Random columns of blocks in each row, equally many."""
+    _, num_outputs, num_inputs = problem.sizes
+    rows, columns = map(int, problem.variant.split("x"))
+    scores_RC = torch.rand(num_outputs // rows, num_inputs // columns, generator=torch.Generator().manual_seed(0))
+    kept = scores_RC.topk(round(problem.density * scores_RC.shape[1]), 1).indices
+    mask = torch.zeros_like(scores_RC, dtype=torch.bool).scatter_(1, kept, True)
+    return WeightBlocks.from_mask(mask, (rows, columns)).to(problem.device)
+
+
+def _random(problem: Problem, *shape: int) -> Tensor:
+    return torch.randn(shape, device=problem.device, dtype=problem.dtype)
+
+
+# Times are kept of the case that is best for dense: a dense weight that needs no masking, no bias.
+
+
+def _output_arguments(problem: Problem) -> Sequence[Any]:
+    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
+    return (
+        _random(problem, tokens, inputs),
+        _random(problem, outputs, inputs),
+        None,
+        layout.index,
+        layout.grid,
+        True,
+    )
+
+
+def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
+    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
+    return _random(problem, tokens, outputs), _random(problem, outputs, inputs), layout.index, layout.grid, True
+
+
+def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
+    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
+    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), layout.index, layout.grid, False
+
+
+def _operation(name: str, what: str, arguments: Callable[[Problem], Sequence[Any]]) -> Operation:
+    implementations = {
+        DENSE: Implementation(getattr(dense, what)),
+        "gather": Implementation(getattr(gather, what), ("cpu",)),
+        "triton": _triton(what),
+    }
+    return Operation(name, implementations, _measured(name), arguments)
+
+
+OUTPUT = _operation("block_sparse_linear.output", "output", _output_arguments)
+INPUT_GRADIENT = _operation("block_sparse_linear.input_gradient", "input_gradient", _input_gradient_arguments)
+WEIGHT_GRADIENT = _operation("block_sparse_linear.weight_gradient", "weight_gradient", _weight_gradient_arguments)

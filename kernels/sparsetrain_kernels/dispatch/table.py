@@ -1,0 +1,159 @@
+"""Measured times of every implementation at every measured problem, and the rule that reads them.
+
+The rule. Of the problems measured within a factor of two in every size, in density and in threads, take those at the
+least distance; an implementation qualifies when it beat dense by the margin at all problems within the factor of two,
+and the fastest qualified one at the nearest problem is chosen. Where nothing was measured that near, dense is chosen.
+"""
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from math import log2, prod
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+
+DENSE = "dense"
+MARGIN = 1.05
+"""How many times faster than dense an implementation must have been: neighbours are not quite what was measured."""
+NEAR = 1.0
+"""log2 of the largest factor between a problem and a measured one that counts as near."""
+DIRECTORY_VARIABLE = "SPARSETRAIN_DISPATCH_DIR"
+
+_COLUMNS = ("operation", "variant", "dtype", "threads", "sizes", "density", "implementation", "milliseconds")
+
+
+class Problem(NamedTuple):
+    """What a choice depends on."""
+
+    operation: str
+    variant: str
+    """What else tells kernels apart, such as the size of blocks."""
+    device: str
+    """cpu or cuda."""
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    """Sizes in the operation's own order, such as tokens, outputs, inputs."""
+    density: float
+    """Share of the dense work that is left."""
+    threads: int
+    """Threads of a CPU operation; 1 on a GPU."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a problem and why."""
+
+    problem: Problem
+    implementation: str
+    reason: str
+    seconds: float | None = None
+    """Expected time: that of the nearest measured problem, scaled by the work; None where nothing was measured near."""
+    dense_seconds: float | None = None
+
+    def __str__(self) -> str:
+        problem = self.problem
+        sizes = "x".join(map(str, problem.sizes))
+        what = f"{problem.operation} [{problem.variant}] {sizes}, density {problem.density:.3g}"
+        where = f"{str(problem.dtype).removeprefix('torch.')} on {problem.device}"
+        return f"{what}, {where}: {self.implementation} ({self.reason})"
+
+
+@dataclass
+class Table:
+    """Times by problem and implementation, of one machine."""
+
+    hardware: str
+    times: dict[Problem, dict[str, float]] = field(default_factory=dict)
+    """Seconds of each implementation that was measured; dense is always among them."""
+
+    def choose(self, problem: Problem, candidates: Iterable[str]) -> Choice:
+        """Apply the rule above to the implementations that can run here."""
+        near = sorted((distance(problem, other), other) for other in self.times if _comparable(problem, other))
+        near = [(gap, other) for gap, other in near if gap <= NEAR]
+        if not near:
+            return Choice(problem, DENSE, f"nothing was measured near this problem on {self.hardware}")
+        nearest = self.times[near[0][1]]
+        qualified = {
+            name: nearest[name]
+            for name in candidates
+            if all(self.times[other].get(name, float("inf")) * MARGIN <= self.times[other][DENSE] for _, other in near)
+        }
+        best = min(qualified, key=lambda name: qualified[name], default=DENSE)
+        scale = work(problem) / work(near[0][1])
+        seconds, dense_seconds = nearest[best] * scale, nearest[DENSE] * scale
+        return Choice(problem, best, _reason(nearest, best, near[0][1], scale), seconds, dense_seconds)
+
+    def write(self, path: Path) -> None:
+        """Write the table as CSV."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for problem, times in self.times.items():
+                dtype, sizes = str(problem.dtype).removeprefix("torch."), "x".join(map(str, problem.sizes))
+                for name, seconds in times.items():
+                    measured = (dtype, problem.threads, sizes, problem.density, name, f"{seconds * 1e3:.4g}")
+                    writer.writerow((problem.operation, problem.variant, *measured))
+
+    @classmethod
+    def read(cls, file: IO[str], hardware: str, device: str) -> "Table":
+        """Read a table that `write` wrote for this kind of device."""
+        table = cls(hardware)
+        for row in csv.DictReader(file):
+            problem = Problem(
+                operation=row["operation"],
+                variant=row["variant"],
+                device=device,
+                dtype=getattr(torch, row["dtype"]),
+                sizes=tuple(map(int, row["sizes"].split("x"))),
+                density=float(row["density"]),
+                threads=int(row["threads"]),
+            )
+            table.times.setdefault(problem, {})[row["implementation"]] = float(row["milliseconds"]) / 1e3
+        return table
+
+
+def own_table(hardware: str) -> Path:
+    """Where tuning writes, and where reading looks before it takes the shipped table."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(DIRECTORY_VARIABLE) or cache / "sparsetrain" / "dispatch") / f"{hardware}.csv"
+
+
+def load_table(hardware: str, device: str) -> Table:
+    """The table tuned on this machine, else the one shipped for its hardware, else an empty one."""
+    for place in (own_table(hardware), files(__package__) / "tables" / f"{hardware}.csv"):
+        if place.is_file():
+            with place.open() as file:
+                return Table.read(file, hardware, device)
+    return Table(hardware)
+
+
+def distance(one: Problem, other: Problem) -> float:
+    """log2 of the largest factor between two problems in any size, density or number of threads."""
+    pairs = zip((*one.sizes, one.density, one.threads), (*other.sizes, other.density, other.threads), strict=True)
+    return max(abs(log2(a / b)) if a and b else (0.0 if a == b else float("inf")) for a, b in pairs)
+
+
+def work(problem: Problem) -> float:
+    """Number that both times of a problem grow with."""
+    return prod(problem.sizes) / problem.threads
+
+
+def _comparable(one: Problem, other: Problem) -> bool:
+    return one[:4] == other[:4] and len(one.sizes) == len(other.sizes)
+
+
+def _reason(times: Mapping[str, float], best: str, measured: Problem, scale: float) -> str:
+    at = f"by {'x'.join(map(str, measured.sizes))} at density {measured.density:.3g}, {measured.threads} threads"
+    dense_ms = times[DENSE] * scale * 1e3
+    if best != DENSE:
+        return f"expected {times[best] * scale * 1e3:.3g} ms, dense {dense_ms:.3g} ms, {at}"
+    others = {name: seconds for name, seconds in times.items() if name != DENSE}
+    if not others:
+        return f"expected {dense_ms:.3g} ms, nothing else runs here, {at}"
+    name = min(others, key=lambda name: others[name])
+    return f"expected {dense_ms:.3g} ms, {name} {others[name] * scale * 1e3:.3g} ms is no clear gain, {at}"

@@ -1,0 +1,145 @@
+"""The dispatcher: its rule, its tables, what it says, and tuning."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sparsetrain_kernels import dispatch
+from sparsetrain_kernels.dispatch import DENSE, Choice, Implementation, Operation, Problem, Table
+
+SIZES = (1024, 512, 256)
+
+
+@pytest.fixture
+def operation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Operation]:
+    """An operation of our own whose implementations say their names, and an empty table."""
+    monkeypatch.setenv("SPARSETRAIN_DISPATCH_DIR", str(tmp_path))
+    monkeypatch.setattr("sparsetrain_kernels.dispatch.operation.OPERATIONS", registry := {})
+    monkeypatch.setattr("sparsetrain_kernels.dispatch.tuning.OPERATIONS", registry)
+    implementations = {
+        DENSE: Implementation(lambda *arguments: DENSE),
+        "fast": Implementation(lambda *arguments: "fast"),
+        "picky": Implementation(lambda *arguments: "picky", suits=lambda problem: problem.variant == "even"),
+        "elsewhere": Implementation(lambda *arguments: "elsewhere", devices=("cuda",)),
+    }
+    yield Operation("scale", implementations, lambda device: [problem()], lambda problem: ())
+    dispatch.use_table("cpu", None)
+
+
+def problem(
+    sizes: tuple[int, ...] = SIZES, density: float = 0.25, variant: str = "odd", dtype: torch.dtype = torch.float32
+) -> Problem:
+    return Problem("scale", variant, "cpu", dtype, sizes, density, torch.get_num_threads())
+
+
+def times(**milliseconds: float) -> dict[str, float]:
+    return {name: value / 1e3 for name, value in milliseconds.items()}
+
+
+def chosen(operation: Operation, wanted: Problem, measured: dict[Problem, dict[str, float]]) -> Choice:
+    dispatch.use_table("cpu", Table("here", measured))
+    return operation.choose("cpu", wanted.dtype, wanted.variant, wanted.sizes, wanted.density)
+
+
+def test_the_fastest_at_the_nearest_measured_problem_is_chosen(operation: Operation) -> None:
+    near, nearest = problem((512, 512, 256)), problem()
+    measured = {near: times(dense=10, fast=1, picky=5), nearest: times(dense=10, fast=6, picky=5)}
+    assert chosen(operation, nearest, measured).implementation == "fast"  # picky does not suit this variant
+    measured = {point._replace(variant="even"): seconds for point, seconds in measured.items()}
+    assert chosen(operation, problem((1020, 512, 256), variant="even"), measured).implementation == "picky"
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [problem((2200, 512, 256)), problem(density=0.6), problem(dtype=torch.bfloat16), problem(variant="even")],
+    ids=["size", "density", "dtype", "variant"],
+)
+def test_dense_runs_where_nothing_near_was_measured(operation: Operation, wanted: Problem) -> None:
+    choice = chosen(operation, wanted, {problem(): times(dense=10, fast=1)})
+    assert choice.implementation == DENSE
+    assert choice.seconds is None
+    assert "nothing was measured near" in str(choice)
+
+
+def test_a_gain_within_the_margin_of_measurement_is_no_gain(operation: Operation) -> None:
+    choice = chosen(operation, problem(), {problem(): times(dense=10, fast=9.7)})
+    assert choice.implementation == DENSE
+    assert "fast 9.7 ms is no clear gain" in str(choice)
+
+
+def test_an_implementation_that_lost_at_any_near_problem_is_not_chosen(operation: Operation) -> None:
+    measured = {problem(): times(dense=10, fast=1), problem((1024, 1024, 256)): times(dense=10, fast=11)}
+    assert chosen(operation, problem(), measured).implementation == DENSE
+    assert (
+        chosen(operation, problem((1024, 500, 256)), measured).implementation == "fast"
+    )  # the loss is farther than 2x
+
+
+def test_a_choice_says_both_times_scaled_to_the_problem(operation: Operation) -> None:
+    choice = chosen(operation, problem((2048, 512, 256)), {problem(): times(dense=10, fast=4)})
+    assert (choice.seconds, choice.dense_seconds) == (pytest.approx(0.008), pytest.approx(0.020))
+    assert "fast (expected 8 ms, dense 20 ms, by 1024x512x256 at density 0.25" in str(choice)
+    assert dispatch.choices() == [choice]
+
+
+def test_a_density_of_zero_is_near_only_itself(operation: Operation) -> None:
+    assert chosen(operation, problem(density=0.0), {problem(): times(dense=10, fast=1)}).implementation == DENSE
+
+
+def test_running_follows_the_choice_until_forced(operation: Operation) -> None:
+    dispatch.use_table("cpu", Table("here", {problem(): times(dense=10, fast=1)}))
+    like = torch.ones(1)
+    arguments = (like, ("odd", SIZES, 0.25))
+    assert operation.run(*arguments) == "fast"
+    with operation.force("picky"):
+        assert operation.run(*arguments) == "picky"
+    assert operation.run(*arguments) == "fast"
+    with (
+        pytest.raises(ValueError, match="no implementation 'quick'; choose one of dense, fast"),
+        operation.force("quick"),
+    ):
+        pass
+
+
+def test_choices_are_forgotten_before_they_fill_memory(operation: Operation) -> None:
+    dispatch.use_table("cpu", Table("here"))
+    for tokens in range(1, 5000):
+        operation.choose("cpu", torch.float32, "odd", (tokens,), 1.0)
+    assert len(dispatch.choices()) <= 4096
+
+
+def test_tuning_writes_a_table_that_is_read_back_and_chosen_from(operation: Operation) -> None:
+    lines: list[str] = []
+    tuned = dispatch.tune("cpu", ["scale"], repeats=1, report=lines.append)
+    assert set(tuned.times[problem()]) == {DENSE, "fast"}
+    assert len(lines) == 1
+    read = dispatch.load_table(dispatch.hardware_name("cpu"), "cpu")
+    assert read.times[problem()] == pytest.approx(tuned.times[problem()], rel=1e-3)
+    assert dispatch.table("cpu") is tuned
+
+
+def test_tuning_one_operation_keeps_the_times_of_others(operation: Operation) -> None:
+    other = problem()._replace(operation="another")
+    dispatch.use_table("cpu", Table("here", {other: times(dense=1)}))
+    assert dispatch.tune("cpu", ["scale"], repeats=1).times[other] == times(dense=1)
+    with pytest.raises(ValueError, match=r"operations=\['unheard'\]"):
+        dispatch.tune("cpu", ["unheard"])
+
+
+def test_a_shipped_table_can_be_read_whole() -> None:
+    folder = Path(dispatch.__file__).parent / "tables"
+    for path in folder.glob("*.csv"):
+        with path.open() as file:
+            read = Table.read(file, path.stem, "cpu")
+        assert read.times
+        assert all(DENSE in found and min(found.values()) > 0 for found in read.times.values())
+
+
+def test_an_operation_needs_a_dense_implementation_and_a_name_of_its_own(operation: Operation) -> None:
+    with pytest.raises(ValueError, match="no 'dense' implementation"):
+        Operation("bare", {"fast": Implementation(lambda: None)})
+    with pytest.raises(ValueError, match="two operations are called scale"):
+        Operation("scale", operation.implementations)
+    with pytest.raises(ValueError, match="no operation is called 'unheard'; there are scale"):
+        dispatch.explain("unheard", "cpu", torch.float32, "", (1,), 1.0)
