@@ -1,16 +1,16 @@
 """Kernels for sparse training that are imported for their own sake: torch and triton only."""
 
 from sparsetrain_kernels.block_layout import BlockLayout
-from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.block_sparse_attention import block_sparse_attention
+from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.expert_ffn import expert_ffn, expert_ffn_backward, expert_ffn_forward, moe_ffn
 from sparsetrain_kernels.permute import permute, sort_by_expert, unpermute
 
 __all__ = [
     "BlockLayout",
     "WeightBlocks",
-    "block_sparse_linear",
     "block_sparse_attention",
+    "block_sparse_linear",
     "expert_ffn",
     "expert_ffn_backward",
     "expert_ffn_forward",
