@@ -6,8 +6,9 @@ Shapes: L layers, E experts of a layer.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.parallel.fssdp.collectives import Transfer
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
 
+T = TypeVar("T")
 Place = tuple[int, int]
 """(layer, expert)"""
 
@@ -32,15 +34,23 @@ class Resharding:
         layer_paths: Where each layer's experts are in the model.
         groups: The ranks.
         old_LE: int64 [L, E], the owners so far.
-        new_LE: The owners to be.
+        new_LE: The owners to be, checked and the same on all ranks.
+
+    Raises:
+        PlacementError: A rank would own more or fewer experts than now.
     """
 
     def __init__(
         self, spec: ExpertSpec, layer_paths: Sequence[str], groups: ExpertGroups, old_LE: IntArray, new_LE: IntArray
     ) -> None:
         self._spec, self._layer_paths, self._groups = spec, layer_paths, groups
-        self._old_LE, self._new_LE = old_LE, new_LE
         rank, size = groups.rank, groups.size
+        before, after = (np.bincount(owners_LE.ravel(), minlength=size) for owners_LE in (old_LE, new_LE))
+        if wrong := np.flatnonzero(before != after).tolist():
+            raise PlacementError(
+                f"rank {wrong[0]} of the expert group owns {before[wrong[0]]} experts and would own "
+                f"{after[wrong[0]]}: a resharding must leave every rank as many as it has"
+            )
         moving = np.argwhere(old_LE != new_LE)  # by layer, then expert
         source, target = old_LE[tuple(moving.T)], new_LE[tuple(moving.T)]
         self.moved: dict[int, list[int]] = defaultdict(list)
@@ -55,28 +65,6 @@ class Resharding:
         self._received_from: list[int] = np.bincount(source[target == rank], minlength=size).tolist()
         self.bytes_received = 0
         """What has come over the wire so far."""
-
-    def check(self, tensors: Sequence[str]) -> None:
-        """Make sure that ranks agree and none ends up with more or fewer experts; collective.
-
-        Args:
-            tensors: Names of what is going to be moved here.
-
-        Raises:
-            PlacementError: They do not, or one does.
-        """
-        digest = blake2b(np.ascontiguousarray(self._new_LE).tobytes() + repr(tensors).encode(), digest_size=8).digest()
-        for group in (self._groups.parameters, self._groups.replicate):
-            if group is not None:
-                _compare(digest, (self._new_LE, list(tensors)), self._layer_paths, group)
-        before, after = (
-            np.bincount(owners_LE.ravel(), minlength=self._groups.size) for owners_LE in (self._old_LE, self._new_LE)
-        )
-        if wrong := np.flatnonzero(before != after).tolist():
-            raise PlacementError(
-                f"rank {wrong[0]} of the expert group owns {before[wrong[0]]} experts and would own {after[wrong[0]]}: "
-                "a resharding must leave every rank as many as it has"
-            )
 
     def move_rows(self, tensors: Iterable[Tensor], rows: Sequence[int]) -> None:
         """Move rows of stacked tensors to their new owners, in place; collective, one all-to-all a tensor.
@@ -146,26 +134,48 @@ def _bytes_by_rank(names: Sequence[Sequence[str]], counts: Sequence[int], size: 
     return [sum(sizes[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
-def _compare(
-    digest: bytes, own: tuple[IntArray, list[str]], layer_paths: Sequence[str], group: dist.ProcessGroup
+def check_agreement(
+    groups: ExpertGroups, layer_paths: Sequence[str], owners_LE: IntArray, tensors: Sequence[str]
 ) -> None:
-    """Raise on every rank if one rank's plan is not this one's, naming both; collective."""
-    digests: list[bytes] = [b""] * dist.get_world_size(group)
-    dist.all_gather_object(digests, digest, group=group)
-    if len(set(digests)) == 1:
-        return
-    plans: list[tuple[IntArray, list[str]]] = [own] * len(digests)
-    dist.all_gather_object(plans, own, group=group)
-    (first_LE, first_tensors), ranks = plans[0], dist.get_process_group_ranks(group)
-    other = next(at for at, plan in enumerate(digests) if plan != digests[0])
-    other_LE, other_tensors = plans[other]
-    if first_tensors != other_tensors:
-        raise PlacementError(
-            f"ranks {ranks[0]} and {ranks[other]} keep different tensors for the experts to be moved: {first_tensors} "
-            f"and {other_tensors}. Every rank must run the same backward passes and optimizer steps"
+    """Make sure that all ranks are about to do the same; collective over all data-parallel ranks.
+
+    Args:
+        groups: The ranks.
+        layer_paths: Names of the layers.
+        owners_LE: The owners to be.
+        tensors: Names of what is going to be moved.
+
+    Raises:
+        PlacementError: On every rank, where one differs.
+    """
+    digest = blake2b(np.ascontiguousarray(owners_LE).tobytes() + repr(tensors).encode(), digest_size=8).digest()
+    if len(set(_of_all_ranks(groups, digest))) > 1:
+        plans = _of_all_ranks(groups, (dist.get_rank(), owners_LE.tolist(), list(tensors)))
+        raise PlacementError(_difference(plans, layer_paths))
+
+
+def _of_all_ranks(groups: ExpertGroups, own: T) -> list[T]:
+    """What every data-parallel rank has, the same list on all of them; collective."""
+    of_group: list[T] = [own] * groups.size
+    dist.all_gather_object(of_group, own, group=groups.parameters)
+    if groups.replicate is None:
+        return of_group
+    of_groups: list[list[T]] = [of_group] * groups.num_groups
+    dist.all_gather_object(of_groups, of_group, group=groups.replicate)
+    return [each for of_group in of_groups for each in of_group]
+
+
+def _difference(plans: Sequence[tuple[int, list[list[int]], list[str]]], layer_paths: Sequence[str]) -> str:
+    """How the first rank whose plan differs from that of the first rank of all does so."""
+    first, first_LE, first_tensors = plans[0]
+    rank, owners_LE, tensors = next(plan for plan in plans if plan[1:] != (first_LE, first_tensors))
+    if tensors != first_tensors:
+        return (
+            f"ranks {first} and {rank} keep different tensors for the experts to be moved: {first_tensors} and "
+            f"{tensors}. Every rank must run the same backward passes and optimizer steps"
         )
-    layer = int(np.flatnonzero((first_LE != other_LE).any(axis=1))[0])
-    raise PlacementError(
-        f"ranks {ranks[0]} and {ranks[other]} were given different owners for {layer_paths[layer]}: "
-        f"{first_LE[layer].tolist()} and {other_LE[layer].tolist()}"
+    layer, first_E, owner_E = next(
+        (layer, *pair) for layer, pair in enumerate(zip_longest(first_LE, owners_LE)) if pair[0] != pair[1]
     )
+    where = layer_paths[layer] if layer < len(layer_paths) else f"layer {layer}"
+    return f"ranks {first} and {rank} were given different owners for {where}: {first_E} and {owner_E}"

@@ -26,7 +26,7 @@ from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.parallel.fssdp.collectives import Route, Transfer, sparse_all_gather, sparse_reduce_scatter
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
 from sparsetrain.parallel.fssdp.replicas import LocalExperts, PackedExperts, Replicas
-from sparsetrain.parallel.fssdp.resharding import Resharding
+from sparsetrain.parallel.fssdp.resharding import Resharding, check_agreement
 from sparsetrain.parallel.fssdp.rows import ExpertRows
 from sparsetrain.sharding import MomentsOf, Movable, Move
 
@@ -245,11 +245,11 @@ class ExpertStore(Movable, ExpertRows):
         """
         assert self._reducing is None, "resharding while gradients are on their way"
         assert not self._grads_are_sums, "resharding during a backward pass"
-        self.check_owners(owners_LE)
         moments = _moments_in(optimizer)
         tensors = self._stacked_tensors(moments)
+        check_agreement(self.groups, self.layer_paths, owners_LE, list(tensors))
+        self.check_owners(owners_LE)
         resharding = Resharding(self.spec, self.layer_paths, self.groups, self.owners_LE, owners_LE)
-        resharding.check(list(tensors))
         freed = [self._row.pop(place) for place in resharding.leaving]
         resharding.move_rows(tensors.values(), freed)
         self._row.update(zip(resharding.arriving, freed, strict=True))
