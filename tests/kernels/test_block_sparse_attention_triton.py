@@ -1,6 +1,10 @@
 """Block-sparse attention in Triton: in its interpreter where there is no GPU, and on one where there is."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +85,41 @@ def test_what_the_kernels_cannot_do_is_said(call: Call, dtype: torch.dtype, mess
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match=message):
         computed(call, call.layout(), call.tensors(dtype), "triton", device)
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sparsetrain_kernels.block_sparse_attention import triton as host, triton_kernels as kernels
+
+TYPES = {"list_ptr": "*i32", "ranges_ptr": "*i32", "bounds_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
+for backward, kernel in ((False, kernels.forward_kernel), (True, kernels.dq_kernel), (True, kernels.dk_dv_kernel)):
+    options = host._tiles(q, 64, backward=backward)[1]
+    sizes = dict(HEAD_DIM=128, D=128, BLOCK=64)
+    constants = dict(CAUSAL=True, HAS_BOUNDS=True, PRECISION="ieee", UPCAST=False, **sizes, **options)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    types, given, aligned = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            types[name], given[(place,)] = "constexpr", constants[name]
+        elif name.endswith("_ptr"):
+            types[name], aligned[(place,)] = TYPES.get(name, "*bf16"), [["tt.divisibility", 16]]
+        else:
+            types[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel, types, given, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    print(kernel.__name__, compiled.metadata.shared <= 227 * 1024, len(compiled.asm["cubin"]) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """The interpreter accepts more than the compiler does, which needs no GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} True True" for name in ("forward_kernel", "dq_kernel", "dk_dv_kernel")]
 
 
 @requires_gpu

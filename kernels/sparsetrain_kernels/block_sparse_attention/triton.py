@@ -158,13 +158,17 @@ def _list_strides(lists: Tensor, ranges: Tensor, bounds: Tensor | None) -> tuple
 
 
 def _tiles(q: Tensor, block: int, *, backward: bool) -> tuple[int, dict[str, Any]]:
-    """Queries and keys of a tile, and the launch options with which they fit the registers and shared memory."""
+    """Queries and keys of a tile, and launch options with which registers do not spill and 99 KiB of memory suffice."""
     dim = triton.next_power_of_2(q.shape[3])
-    largest = 128 if dim <= 64 and not backward else 64 if dim <= 128 else 32
     if q.dtype == torch.float32:
-        largest = max(_MIN_TILE, largest // 2)
+        largest = 32 if dim <= 64 else 16
+    elif dim <= 64 and not backward:
+        largest = 128
+    else:
+        largest = 64 if dim <= 128 else 32
     tile = min(largest, block & -block)  # a power of two that divides the block
-    return tile, {"M": tile, "N": tile, "num_warps": 8 if tile == 128 else 4, "num_stages": 2}
+    num_warps = 8 if tile == 128 or (backward and dim >= 128) else 4
+    return tile, {"M": tile, "N": tile, "num_warps": num_warps, "num_stages": 2}
 
 
 def _constants(q: Tensor, visible: Visibility) -> dict[str, Any]:
