@@ -63,6 +63,8 @@ def test_gradients_of_both_losses_are_exact():
         routing = torch.func.functional_call(moe.router, {"weight": weight}, (x.flatten(0, 1),))
         return balance_loss(routing, 2 * SEQ_LEN), balance_loss(routing, SEQ_LEN), z_loss(routing)
 
+    # gradcheck passes over what has no gradient
+    assert all(loss.requires_grad for loss in losses(x, moe.router.weight))
     assert torch.autograd.gradcheck(losses, (x, moe.router.weight))
 
 
@@ -191,6 +193,15 @@ def test_no_tokens_cost_nothing(router, shape):
     for reduction in ("mean", "sum"):
         moe(torch.zeros(shape, dtype=torch.float64))
         assert auxiliary_loss(moe, reduction).item() == 0
+
+
+def test_tokens_without_any_expert_cost_nothing():
+    moe = layer(router="relu", z_loss=0.0, aux_scope="sequence")
+    moe.router.weight.data.fill_(-1.0)
+    moe(inputs().abs())
+    assert moe.load.take().counts_E.tolist() == [0, 0, 0, 0]
+    (loss, _), penalty = moe.take_loss(), moe.router.config.locality_loss
+    assert 0 <= loss.item() <= 0.1 * penalty  # neighbours that use the same experts, namely none
 
 
 def test_nothing_is_computed_where_no_weight_is_set():

@@ -3,6 +3,9 @@ import pytest
 from sparsetrain.config import InvalidConfig, ModelConfig
 from sparsetrain.config.moe import RouterConfig
 from sparsetrain.config.navigate import kinds_of, sections_in
+from sparsetrain.models import Transformer
+from sparsetrain.moe import ExpertSpec, moe_layers
+from sparsetrain.moe.losses import LossWeights
 
 SHAPE = {"dim": 8, "num_layers": 4, "num_heads": 2}
 
@@ -75,3 +78,30 @@ def test_a_written_config_reads_back_the_same():
     for moe in ({}, {"router": "hash", "layers": [1]}, {"layers": {"every": 2}, "router": "relu"}):
         whole = config(**moe)
         assert ModelConfig(**whole.model_dump()) == whole
+
+
+def test_a_models_layers_have_every_setting_of_the_config():
+    settings = {
+        "top_k": 3,
+        "ffn_dim": 12,
+        "layers": [1, 3],
+        "router": {"kind": "hash", "seed": 5},
+        "shared_experts": 2,
+        "capacity_factor": 1.5,
+        "overflow": "pad",
+    }
+    (_, first), (path, second) = moe_layers(Transformer(config(**settings), 16, 8))
+    assert path == "layers.3.moe"
+    assert second.experts.spec == ExpertSpec(8, 12, "swiglu", bias=False)
+    assert (second.router.num_experts, second.router.top_k, second.router.seed) == (4, 3, 5)
+    assert (first.router.layer, second.router.layer) == (0, 1)
+    assert second.shared.up.weight.shape == (24, 8)
+    assert (second.capacity_factor, second.overflow) == (1.5, "pad")
+    losses = {"aux_loss": 0.3, "z_loss": 0.2, "aux_scope": "sequence"}
+    (_, layer), *_ = moe_layers(Transformer(config(**losses), 16, 8))
+    assert layer.loss_weights == LossWeights(**losses)
+    (_, layer), *_ = moe_layers(Transformer(config(), 16, 8))
+    assert layer.loss_weights == LossWeights(aux_loss=0.01)
+    assert layer.experts.spec.ffn_dim == ModelConfig(**SHAPE).hidden_dim
+    gpt2 = ModelConfig(**SHAPE, arch="gpt2", moe={"num_experts": 2})
+    assert moe_layers(Transformer(gpt2, 16, 8))[0][1].experts.spec == ExpertSpec(8, 32, "gelu", bias=True)
