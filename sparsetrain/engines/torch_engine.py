@@ -16,7 +16,7 @@ from sparsetrain.engines.allocator import keep_freed_memory
 from sparsetrain.engines.optimizer import build_optimizer
 from sparsetrain.models import Transformer, initialize_
 from sparsetrain.parallel import World, parallelize_data
-from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, reshard, weight_shards
+from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, on_move, reshard, weight_shards
 
 
 class TorchEngine:
@@ -49,7 +49,8 @@ class TorchEngine:
         if config.train.compile:
             self._callable.compile()  # in place: parameter names and hooks stay
         self._optimizer = build_optimizer(self._module, config.optimizer, world.device)
-        self._shards = weight_shards(self._callable, self._optimizer)
+        self._find_shards()
+        on_move(self._module, lambda _: self._find_shards())
 
     def _parallelize(self, config: RunConfig) -> nn.Module:
         return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
@@ -57,6 +58,9 @@ class TorchEngine:
     def _materialize(self, config: RunConfig) -> None:
         self._module.to_empty(device=self._world.device)
         initialize_(self._module, config.model, config.seed)
+
+    def _find_shards(self) -> None:
+        self._shards = weight_shards(self._callable, self._optimizer)
 
     @property
     def module(self) -> Transformer:
@@ -75,7 +79,7 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._module, config, self._world.device)
         if keep_state:
             self._optimizer.state = state
-        self._shards = weight_shards(self._callable, self._optimizer)
+        self._find_shards()
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradient of the mean loss over the global batch; see Engine."""

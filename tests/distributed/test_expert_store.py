@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config import SparsityRule
@@ -170,8 +171,10 @@ def check_memory(groups: ExpertGroups, dtype: torch.dtype) -> None:
     replicas = [store.start_gather(layer, plan, dtype).wait() for layer, plan in enumerate(placements)]
     held = storage_bytes([tensor for each in replicas for tensor in each.weights("w_in") + each.weights("w_out")])
     assert held == materialised_bytes(placements, groups.rank, expert, freed=False)
+    storages = [StorageWeakRef(each.weights("w_in")[0].untyped_storage()) for each in replicas if each.experts]
     for each in replicas:
         each.free()
+    assert all(storage.expired() for storage in storages)
     with pytest.raises(AssertionError, match="after they were freed"):
         store.local_experts(0, replicas[0], dtype)
 

@@ -1,17 +1,19 @@
 """The sparse collectives: replicas are their owners' bits, gradients come back once each, bytes are the formula's."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from sparsetrain.errors import ShardingError
 from sparsetrain.moe import ExpertSpec
-from sparsetrain.moe.placement import ExpertBytes, Placement, own_evenly, received_bytes, returned_bytes
+from sparsetrain.moe.placement import ExpertBytes, Placement, Topology, own_evenly, received_bytes, returned_bytes
 from sparsetrain.parallel.fssdp import ExpertGroups, ExpertStore, Traffic
 from sparsetrain.parallel.fssdp.collectives import Route, sparse_all_gather, sparse_reduce_scatter
 from sparsetrain.testing import requires_gpu, run_distributed
@@ -100,15 +102,20 @@ def check_routes_mirror_each_other(groups: ExpertGroups, device: str) -> None:
     assert torch.equal(sparse_reduce_scatter(received, route, groups.parameters, what="testing").wait(), sent)
 
 
-def check_all(device: str = "cpu") -> None:
+def meshes(device: str) -> Iterator[tuple[DeviceMesh, int]]:
+    """Meshes, and over how many ranks each averages gradients."""
     world_size = dist.get_world_size()
-    meshes = [init_device_mesh(device, (world_size,))]
-    if world_size == 4:  # groups smaller than the world: two rows that share nothing
-        meshes.append(init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "experts")))
-    for mesh in meshes:
+    yield init_device_mesh(device, (world_size,)), world_size
+    if world_size == 4:  # groups smaller than the world: replicated, and each a world of its own
+        yield init_device_mesh(device, (2, 2), mesh_dim_names=("replicate", "experts")), 4
+        yield init_device_mesh(device, (2, 2), mesh_dim_names=("stage", "experts"))["experts"], 2
+
+
+def check_all(device: str = "cpu") -> None:
+    for mesh, world_size in meshes(device):
         groups = ExpertGroups.of_mesh(mesh, timeout=TIMEOUT, devices_per_node=1)
         assert groups.size * groups.num_groups == groups.world_size == world_size
-        assert groups.replica_rank * groups.size + groups.rank == dist.get_rank()
+        assert groups.replica_rank * groups.size + groups.rank == dist.get_rank() % world_size
         check_routes_mirror_each_other(groups, device)
         for spec in (SPEC, ExpertSpec(dim=3, ffn_dim=5, activation="gelu", bias=True)):
             store = filled_store(groups, spec, device)
@@ -118,6 +125,22 @@ def check_all(device: str = "cpu") -> None:
                     for dtype in (torch.float32, torch.bfloat16):
                         check_replicas(store, layer, placement, dtype)
                         check_gradients(store, layer, placement, dtype)
+    if dist.get_world_size() == 4:
+        check_nodes_are_the_hosts(init_device_mesh(device, (4,)))
+
+
+def check_nodes_are_the_hosts(mesh: DeviceMesh) -> None:
+    with mock.patch("socket.gethostname", return_value=f"host-{dist.get_rank() // 2}"):
+        assert ExpertGroups.of_mesh(mesh).topology == Topology(4, 2)
+    with (
+        mock.patch("socket.gethostname", return_value=f"host-{dist.get_rank() % 2}"),
+        pytest.raises(
+            ShardingError, match=r"are on the hosts \['host-0', 'host-1', 'host-0', 'host-1'\] in this order"
+        ),
+    ):
+        ExpertGroups.of_mesh(mesh)
+    with pytest.raises(ShardingError, match=r"a mesh of 3 dimensions, .* does not say which ranks share the experts"):
+        ExpertGroups.of_mesh(init_device_mesh(mesh.device_type, (2, 2, 1)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
