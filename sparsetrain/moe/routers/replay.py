@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.config.moe import Replay
+from sparsetrain.errors import PlacementError
 from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.moe.placement.trace import LoadTrace
 from sparsetrain.moe.routers.base import LearnedRouter
@@ -26,8 +27,9 @@ class ReplayRouter(LearnedRouter):
 
     def __init__(self, config: Replay, dim: int, num_experts: int, top_k: int, layer: int) -> None:
         super().__init__(dim, num_experts, top_k)
-        self.trace, self.layer, self.step = LoadTrace.load(config.trace), layer, 0
-        self.trace.check_model(max(self.trace.num_layers, layer + 1), num_experts, top_k)
+        self.path, self.layer, self.step = config.trace, layer, 0
+        self.trace = LoadTrace.load(config.trace)
+        self.check_model(max(self.trace.num_layers, layer + 1))
         self.source: int | None = None
         """Whose load to reproduce, where the trace has it by source rank; None for that of all together."""
 
@@ -46,7 +48,10 @@ class ReplayRouter(LearnedRouter):
         Raises:
             PlacementError: It is that.
         """
-        self.trace.check_model(num_layers, self.num_experts, self.top_k)
+        try:
+            self.trace.check_model(num_layers, self.num_experts, self.top_k)
+        except PlacementError as error:
+            raise PlacementError(f"router.trace = {self.path}: {error}") from None
 
     def after_step(self, counts_E: Tensor) -> None:
         """Go on to the load of the next step."""
