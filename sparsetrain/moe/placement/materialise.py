@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from sparsetrain.errors import PlacementError
 from sparsetrain.moe.placement.paper import materialise_by_share
 from sparsetrain.moe.placement.placement import Placement
-from sparsetrain.moe.placement.plan import TINY, Plan
+from sparsetrain.moe.placement.plan import TINY, Layers, Plan
 from sparsetrain.moe.placement.relief import relieve
 from sparsetrain.moe.placement.sweep import sweep
 from sparsetrain.moe.placement.topology import FloatArray, IntArray, Topology
@@ -96,9 +96,8 @@ def materialise_layers(
         raise PlacementError(f"placement method {method!r} is unknown; use 'best' or 'paper'")
     holders_LED = np.zeros((*load_LE.shape, topology.num_devices), dtype=np.bool_)
     holders_LED[np.arange(len(load_LE))[:, None], np.arange(num_experts), owners_LE] = True
-    if slots and hot:
-        plan = best_plan(load_LE, owners_LE, topology, slots=slots, hot=hot, tolerance=tolerance)
-        holders_LED[plan.layer_R, plan.expert_R, plan.device_R] = True
+    plan = best_plan(load_LE, owners_LE, topology, slots=slots, hot=hot, tolerance=tolerance)
+    holders_LED[plan.layer_R, plan.expert_R, plan.device_R] = True
     return [Placement(owner_E, holders_ED) for owner_E, holders_ED in zip(owners_LE, holders_LED, strict=True)]
 
 
@@ -110,8 +109,11 @@ def best_plan(
     `relieve` gets the most uneven layers, and tries as many variants, as a bound on its work allows: at any number of
     devices planning stays within milliseconds.
 
-    Arguments as for `sweep`.
+    Arguments as for `sweep`; no slots or no hot experts mean no replicas.
     """
+    if not slots or not hot:
+        peak_L = Layers(load_LE, owners_LE, topology.num_devices).load_LD.max(axis=1)
+        return Plan.gather([], peak_L)
     swept = sweep(load_LE, owners_LE, topology, slots=slots, hot=hot, tolerance=tolerance)
     num_experts, num_devices = load_LE.shape[1], topology.num_devices
     affordable = _RELIEF_WORK // (slots * num_devices * max(num_experts, num_devices))

@@ -64,8 +64,8 @@ def materialised_bytes(placements: list[Placement], device: int, expert: ExpertB
     replicas_L = [len(placement.replicas_of(device)) for placement in placements]
     gradients = max(replicas_L, default=0) * expert.replica_gradient
     if freed:
-        neighbours = [sum(pair) for pair in zip(replicas_L, [*replicas_L[1:], 0], strict=True)]
-        return max(neighbours, default=0) * expert.replica + gradients
+        at_once = max((sum(replicas_L[layer : layer + 2]) for layer in range(len(replicas_L))), default=0)
+        return at_once * expert.replica + gradients
     return sum(replicas_L) * expert.replica + gradients
 
 

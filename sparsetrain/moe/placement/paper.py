@@ -1,7 +1,8 @@
 """Sparse materialisation and heterogeneous sharding as arXiv 2502.02581 (Hecate) publishes them: the baseline.
 
-Where the text leaves a choice open we take the one that serves it best: replicas go to the node with the fewest holders
-of the expert, and there to the device with the least load, an expert's rows counted in equal shares at its holders.
+Where the text leaves a choice open: an expert gets its share of the slots that are left, rounded to the nearest; a
+replica goes to the node with the fewest holders of its expert, and there to the device with the least load, an expert's
+rows counted in equal shares at its holders. Of the readings tried, this one comes closest to the balance known of it.
 """
 
 import numpy as np

@@ -82,7 +82,7 @@ class Placement:
         """63 bits that are equal for equal placements in every process, for comparing ranks' plans."""
         digest = blake2b(repr(self.holders_ED.shape).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(self.owner_E, dtype=np.int64).data)
-        digest.update(np.packbits(self.holders_ED).data)
+        digest.update(self._held.data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
     def __eq__(self, other: object) -> bool:
@@ -95,8 +95,13 @@ class Placement:
 
     @cached_property
     def _pairs(self) -> tuple[IntArray, IntArray]:
-        expert_P, device_P = np.divmod(np.flatnonzero(self.holders_ED), self.num_devices)
+        expert_P, device_P = np.divmod(self._held, self.num_devices)
         return expert_P, device_P
+
+    @cached_property
+    def _held(self) -> IntArray:
+        """int64 [P]: where `holders_ED` is true, in its flat order."""
+        return np.flatnonzero(self.holders_ED)
 
 
 def own_evenly(num_layers: int, num_experts: int, num_devices: int) -> IntArray:
