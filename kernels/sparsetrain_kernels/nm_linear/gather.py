@@ -1,0 +1,93 @@
+"""Vector n:m on a CPU: per group of outputs, one dense product with the inputs that the group keeps.
+
+x is transposed once, so that gathering inputs copies whole rows; few enough tokens at a time that those stay in cache.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.nm_linear.dense import compress, expand
+from sparsetrain_kernels.nm_linear.pattern import NMPattern
+
+_CACHE_BYTES = 2 << 20
+_MIN_TOKENS = 256
+
+
+def output(
+    x_TK: Tensor,
+    weight: Tensor,
+    bias_N: Tensor | None,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor,
+    pattern: NMPattern,
+    zeroed: bool,
+) -> Tensor:
+    """x Wᵀ + bias [T, N]."""
+    values_GVP = _values(weight, columns_GP, pattern, x_TK.shape[1])
+    y_TN = x_TK.new_empty(len(x_TK), len(weight))
+    for tokens in _slices(x_TK, columns_GP):
+        x_KT = x_TK[tokens].T.contiguous()
+        gathered_PT = x_KT.new_empty(columns_GP.shape[1], x_KT.shape[1])
+        for group, y_TV in enumerate(y_TN[tokens].tensor_split(len(columns_GP), 1)):
+            torch.index_select(x_KT, 0, columns_GP[group], out=gathered_PT)
+            if bias_N is None:
+                torch.mm(gathered_PT.T, values_GVP[group].T, out=y_TV)
+            else:
+                bias_V = bias_N[group * pattern.vector : (group + 1) * pattern.vector]
+                torch.addmm(bias_V, gathered_PT.T, values_GVP[group].T, out=y_TV)
+    return y_TN
+
+
+def input_gradient(
+    dy_TN: Tensor,
+    weight: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor,
+    pattern: NMPattern,
+    num_inputs: int,
+    zeroed: bool,
+) -> Tensor:
+    """dy W [T, K]; the sum over groups is kept in fp32 at least."""
+    values_GVP = _values(weight, columns_GP, pattern, num_inputs)
+    accurate = torch.promote_types(dy_TN.dtype, torch.float32)
+    dx_TK = dy_TN.new_empty(len(dy_TN), num_inputs)
+    for tokens in _slices(dy_TN, columns_GP):
+        by_group = dy_TN[tokens].tensor_split(len(columns_GP), 1)
+        total_KT = dy_TN.new_zeros(num_inputs, len(by_group[0]), dtype=accurate)
+        for columns_P, values_VP, dy_TV in zip(columns_GP, values_GVP, by_group, strict=True):
+            total_KT.index_add_(0, columns_P, (values_VP.T @ dy_TV.T).to(accurate))
+        dx_TK[tokens] = total_KT.T
+    return dx_TK
+
+
+def weight_gradient(
+    dy_TN: Tensor,
+    x_TK: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor,
+    pattern: NMPattern,
+    compressed: bool,
+) -> Tensor:
+    """dyᵀ x at the kept weights: compressed [N, P], or [N, K] with zeros elsewhere."""
+    x_KT = x_TK.T.contiguous()
+    num_groups, num_kept = columns_GP.shape
+    gathered_PT = x_KT.new_empty(num_kept, len(x_TK))
+    values_NP = x_TK.new_empty(dy_TN.shape[1], num_kept)
+    by_group = values_NP.view(num_groups, pattern.vector, num_kept)
+    for group, dy_TV in enumerate(dy_TN.tensor_split(num_groups, 1)):
+        torch.index_select(x_KT, 0, columns_GP[group], out=gathered_PT)
+        torch.mm(dy_TV.T, gathered_PT.T, out=by_group[group])
+    return values_NP if compressed else expand(values_NP, columns_GP, x_TK.shape[1], pattern.vector)
+
+
+def _values(weight: Tensor, columns_GP: Tensor, pattern: NMPattern, num_inputs: int) -> Tensor:
+    """Kept weights [G, V, P] of a whole or a compressed weight."""
+    values_NP = weight if weight.shape[1] != num_inputs else compress(weight, columns_GP, pattern.vector)
+    return values_NP.view(len(columns_GP), pattern.vector, columns_GP.shape[1])
+
+
+def _slices(like_T: Tensor, columns_GP: Tensor) -> Iterator[slice]:
+    size = max(_MIN_TOKENS, _CACHE_BYTES // (columns_GP.shape[1] * like_T.itemsize))
+    return (slice(start, start + size) for start in range(0, len(like_T), size))

@@ -1,0 +1,178 @@
+"""The three products as operations of the dispatcher, and what tuning measures of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+from sparsetrain_kernels.nm_linear import bag, dense, gather, semi_structured
+from sparsetrain_kernels.nm_linear.pattern import NMPattern
+from sparsetrain_kernels.nm_linear.selection import NMSelection
+
+_SEPARATOR = ", "
+_COMPRESSED, _TRANSPOSABLE = "compressed", "transposable"
+_MIN_VECTOR = 16
+"""Outputs of a group from which on gathering its inputs is worth trying."""
+_TRITON_VECTORS = (16, 32, 64, 128, 256)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+_TOKENS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
+_FEATURES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096)}
+_VECTORS = tuple(NMPattern(1, m, vector) for vector in (64, 128) for m in (2, 4, 8))
+_COMPRESSED_PATTERNS = (NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 8), NMPattern(1, 16))
+
+
+def variant_of(pattern: NMPattern, *, compressed: bool, transposable: bool) -> str:
+    """The dispatcher's word for a kind of weight, such as "2:4", "vector[64] 1:4" or "1:8, compressed"."""
+    words = [str(pattern), *[_COMPRESSED] * compressed, *[_TRANSPOSABLE] * transposable]
+    return _SEPARATOR.join(words)
+
+
+@cache
+def _parse(variant: str) -> tuple[NMPattern, bool, bool]:
+    pattern, *words = variant.split(_SEPARATOR)
+    return NMPattern.parse(pattern), _COMPRESSED in words, _TRANSPOSABLE in words
+
+
+def _suits_gather(problem: Problem) -> bool:
+    return _parse(problem.variant)[0].vector >= _MIN_VECTOR
+
+
+def _suits_bag(problem: Problem) -> bool:
+    pattern, compressed, _ = _parse(problem.variant)
+    return compressed and pattern.vector == 1
+
+
+def _suits_triton(problem: Problem) -> bool:
+    pattern = _parse(problem.variant)[0]
+    return pattern.vector in _TRITON_VECTORS and problem.dtype != torch.float64 and find_spec("triton") is not None
+
+
+def _suits_tensor_cores(problem: Problem) -> bool:
+    pattern, compressed, _ = _parse(problem.variant)
+    tokens, outputs, inputs = problem.sizes
+    fits = (
+        outputs % semi_structured.MULTIPLE
+        == inputs % semi_structured.MULTIPLE
+        == tokens % semi_structured.TOKEN_MULTIPLE
+        == 0
+    )
+    two_of_four = pattern == NMPattern(2, 4) and not compressed and problem.dtype in (torch.bfloat16, torch.float16)
+    return fits and two_of_four and tokens > 0 and semi_structured.is_available()
+
+
+def _suits_tensor_cores_transposed(problem: Problem) -> bool:
+    return _parse(problem.variant)[2] and _suits_tensor_cores(problem)
+
+
+def _triton(what: str) -> Implementation:
+    def run(*arguments: Any) -> Any:
+        return getattr(import_module("sparsetrain_kernels.nm_linear.triton"), what)(*arguments)
+
+    return Implementation(run, ("cuda",), _suits_triton)
+
+
+def _problems(operation: str, device: str) -> Iterator[Problem]:
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    features = _FEATURES[device]
+    for dtype, (tokens, outputs, inputs) in product(_DTYPES[device], product(_TOKENS[device], features, features)):
+        if outputs == inputs == features[-1] and device == "cpu":
+            continue  # as long as all others together
+        patterns = [(pattern, "") for pattern in _VECTORS]
+        if device == "cuda":
+            patterns.append((NMPattern(2, 4), _SEPARATOR + _TRANSPOSABLE))
+            patterns += [(NMPattern(2, 4), "")] * (operation == "nm_linear.output")
+        for pattern, words in patterns:
+            yield Problem(
+                operation, f"{pattern}{words}", device, dtype, (tokens, outputs, inputs), pattern.density, threads
+            )
+
+
+def _output_problems(device: str) -> Iterator[Problem]:
+    """Those of the other products, and compressed weights with few tokens."""
+    yield from _problems("nm_linear.output", device)
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        for dtype, tokens, features, pattern in product(
+            _DTYPES[device], (1, 4, 16), _FEATURES[device], _COMPRESSED_PATTERNS
+        ):
+            variant = variant_of(pattern, compressed=True, transposable=False)
+            sizes = (tokens, features, features)
+            yield Problem("nm_linear.output", variant, device, dtype, sizes, pattern.density, threads)
+
+
+def _random(problem: Problem, *shape: int) -> Tensor:
+    return torch.randn(shape, device=problem.device, dtype=problem.dtype)
+
+
+def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMPattern]:
+    """A random weight, its mask, its kept inputs and its pattern, in the form that the variant says."""
+    pattern, compressed, transposable = _parse(problem.variant)
+    weight = _random(problem, *problem.sizes[1:])
+    selection = NMSelection.transposable(weight) if transposable else NMSelection.largest(weight, pattern)
+    if compressed:
+        return selection.compress(weight), None, selection.columns_GP, pattern
+    return weight, selection.mask_GK, selection.columns_GP if pattern.vector > 1 else None, pattern
+
+
+# Times are kept of the case that is best for dense: a whole weight that needs no masking, no bias.
+
+
+def _output_arguments(problem: Problem) -> Sequence[Any]:
+    weight, *selection = _weight(problem)
+    return _random(problem, problem.sizes[0], problem.sizes[2]), weight, None, *selection, True
+
+
+def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
+    tokens, outputs, inputs = problem.sizes
+    return _random(problem, tokens, outputs), *_weight(problem), inputs, True
+
+
+def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
+    tokens, outputs, inputs = problem.sizes
+    _, *selection = _weight(problem)
+    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), *selection, False
+
+
+def _vector_problems(operation: str) -> Callable[[str], Iterator[Problem]]:
+    return lambda device: _problems(operation, device)
+
+
+OUTPUT = Operation(
+    "nm_linear.output",
+    {
+        DENSE: Implementation(dense.output),
+        "gather": Implementation(gather.output, ("cpu",), _suits_gather),
+        "bag": Implementation(bag.output, ("cpu",), _suits_bag),
+        "semi_structured": Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores),
+        "triton": _triton("output"),
+    },
+    _output_problems,
+    _output_arguments,
+)
+INPUT_GRADIENT = Operation(
+    "nm_linear.input_gradient",
+    {
+        DENSE: Implementation(dense.input_gradient),
+        "gather": Implementation(gather.input_gradient, ("cpu",), _suits_gather),
+        "semi_structured": Implementation(semi_structured.input_gradient, ("cuda",), _suits_tensor_cores_transposed),
+        "triton": _triton("input_gradient"),
+    },
+    _vector_problems("nm_linear.input_gradient"),
+    _input_gradient_arguments,
+)
+WEIGHT_GRADIENT = Operation(
+    "nm_linear.weight_gradient",
+    {
+        DENSE: Implementation(dense.weight_gradient),
+        "gather": Implementation(gather.weight_gradient, ("cpu",), _suits_gather),
+        "triton": _triton("weight_gradient"),
+    },
+    _vector_problems("nm_linear.weight_gradient"),
+    _weight_gradient_arguments,
+)

@@ -1,0 +1,195 @@
+"""`nm_linear`: a linear layer with n:m sparse weights, and both gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain_kernels.nm_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, variant_of
+from sparsetrain_kernels.nm_linear.pattern import NMPattern
+from sparsetrain_kernels.nm_linear.selection import NMSelection
+from sparsetrain_kernels.precision import compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def nm_linear(
+    x: Tensor,
+    weight: Tensor,
+    selection: NMSelection,
+    bias: Tensor | None = None,
+    *,
+    zeroed: bool = False,
+    dense_gradient: bool = False,
+) -> Tensor:
+    """x Wᵀ + bias, where W is the weight with zeros outside what `selection` keeps.
+
+    Which implementation computes it is the dispatcher's choice: see `sparsetrain_kernels.dispatch.explain`, operations
+    nm_linear.output, .input_gradient and .weight_gradient with sizes (tokens, outputs, inputs).
+
+    Args:
+        x: Inputs [..., K] in float32, bfloat16, float16 or float64; cast to autocast's dtype where that is on.
+        weight: Whole [N, K] or compressed [N, P] by `selection.compress`, cast to the dtype of x. What a whole one
+            holds outside the selection is ignored.
+        selection: The kept inputs of each output, on the device of x.
+        bias: [N].
+        zeroed: The caller knows that a whole weight is zero outside the selection, which spares a masking pass; a wrong
+            promise gives wrong results.
+        dense_gradient: Give a whole weight the gradient dyᵀ x everywhere (the straight-through estimator, what methods
+            whose masks move need); otherwise it is zero outside the selection.
+
+    Returns:
+        [..., N] in the dtype of the computation.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match, or a compressed weight is asked for a dense gradient.
+    """
+    dtype = compute_dtype(x)
+    compressed = _check(x, weight, selection, bias, dtype, dense_gradient)
+    pattern = selection.pattern
+    y_TN: Tensor = _linear(
+        x.to(dtype).reshape(-1, x.shape[-1]),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        None if compressed else selection.mask_GK,
+        selection.columns_GP if compressed or pattern.vector > 1 else None,
+        [pattern.n, pattern.m, pattern.vector, selection.is_transposable],
+        zeroed,
+        dense_gradient,
+    )
+    return y_TN.view(*x.shape[:-1], y_TN.shape[1])
+
+
+def _check(
+    x: Tensor, weight: Tensor, selection: NMSelection, bias: Tensor | None, dtype: torch.dtype, dense_gradient: bool
+) -> bool:
+    """Whether the weight is compressed."""
+    num_outputs, num_inputs = selection.shape
+    num_kept = num_inputs // selection.pattern.m * selection.pattern.n
+    if dtype not in DTYPES:
+        raise ValueError(f"x is {dtype}: nm_linear computes in {', '.join(map(str, DTYPES))}; cast it")
+    if tuple(weight.shape) not in ((num_outputs, num_inputs), (num_outputs, num_kept)):
+        raise ValueError(
+            f"weight is {list(weight.shape)}: the selection's is {[num_outputs, num_inputs]} whole or "
+            f"{[num_outputs, num_kept]} compressed"
+        )
+    if x.ndim < 1 or x.shape[-1] != num_inputs:
+        raise ValueError(f"x is {list(x.shape)}: its last dimension must be the selection's {num_inputs} inputs")
+    if bias is not None and tuple(bias.shape) != (num_outputs,):
+        raise ValueError(f"bias is {list(bias.shape)}: must be [{num_outputs}], the selection's outputs")
+    compressed = weight.shape[1] != num_inputs
+    if dense_gradient and compressed:
+        raise ValueError("dense_gradient=True: a compressed weight holds only what is kept; pass a whole one")
+    devices = {"x": x.device, "weight": weight.device, "selection": selection.mask_GK.device}
+    if bias is not None:
+        devices["bias"] = bias.device
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{places}: must be on one device; move with .to()")
+    return compressed
+
+
+@torch.library.custom_op("sparsetrain::nm_linear", mutates_args=())
+def _linear(
+    x_TK: Tensor,
+    weight: Tensor,
+    bias_N: Tensor | None,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    zeroed: bool,
+    dense_gradient: bool,
+) -> Tensor:
+    pattern = NMPattern(*kind[:3])
+    problem = _problem(pattern, kind, mask_GK is None, len(x_TK), len(weight), x_TK.shape[1])
+    arguments = x_TK.contiguous(), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed
+    return OUTPUT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
+
+
+@_linear.register_fake
+def _(
+    x_TK: Tensor,
+    weight: Tensor,
+    bias_N: Tensor | None,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    zeroed: bool,
+    dense_gradient: bool,
+) -> Tensor:
+    return x_TK.new_empty(x_TK.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("sparsetrain::nm_linear_input_gradient", mutates_args=())
+def _input_gradient(
+    dy_TN: Tensor,
+    weight: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    num_inputs: int,
+    zeroed: bool,
+) -> Tensor:
+    pattern = NMPattern(*kind[:3])
+    problem = _problem(pattern, kind, mask_GK is None, len(dy_TN), len(weight), num_inputs)
+    arguments = dy_TN.contiguous(), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed
+    return INPUT_GRADIENT.run(dy_TN, problem, *arguments)  # type: ignore[no-any-return]
+
+
+@_input_gradient.register_fake
+def _(
+    dy_TN: Tensor,
+    weight: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    num_inputs: int,
+    zeroed: bool,
+) -> Tensor:
+    return dy_TN.new_empty(dy_TN.shape[0], num_inputs)
+
+
+@torch.library.custom_op("sparsetrain::nm_linear_weight_gradient", mutates_args=())
+def _weight_gradient(
+    dy_TN: Tensor, x_TK: Tensor, mask_GK: Tensor | None, columns_GP: Tensor | None, kind: list[int]
+) -> Tensor:
+    pattern, compressed = NMPattern(*kind[:3]), mask_GK is None
+    problem = _problem(pattern, kind, compressed, len(x_TK), dy_TN.shape[1], x_TK.shape[1])
+    arguments = dy_TN.contiguous(), x_TK.contiguous(), mask_GK, columns_GP, pattern, compressed
+    return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
+
+
+@_weight_gradient.register_fake
+def _(dy_TN: Tensor, x_TK: Tensor, mask_GK: Tensor | None, columns_GP: Tensor | None, kind: list[int]) -> Tensor:
+    num_inputs = x_TK.shape[1]
+    return x_TK.new_empty(dy_TN.shape[1], num_inputs if mask_GK is not None else num_inputs // kind[1] * kind[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TK, weight, _, mask_GK, columns_GP, ctx.kind, ctx.zeroed, ctx.dense_gradient = inputs
+    ctx.save_for_backward(x_TK, weight, mask_GK, columns_GP)
+
+
+def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+    x_TK, weight, mask_GK, columns_GP = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx = dw = None
+    if needs_x:
+        dx = _input_gradient(dy_TN, weight, mask_GK, columns_GP, ctx.kind, x_TK.shape[1], ctx.zeroed)
+    if needs_weight and ctx.dense_gradient:
+        dw = dy_TN.T @ x_TK
+    elif needs_weight:
+        dw = _weight_gradient(dy_TN, x_TK, mask_GK, columns_GP, ctx.kind)
+    db = dy_TN.sum(0) if needs_bias else None
+    return dx, dw, db, None, None, None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _problem(
+    pattern: NMPattern, kind: list[int], compressed: bool, tokens: int, outputs: int, inputs: int
+) -> tuple[str, tuple[int, ...], float]:
+    """Variant, sizes and density for the dispatcher."""
+    variant = variant_of(pattern, compressed=compressed, transposable=bool(kind[3]))
+    return variant, (tokens, outputs, inputs), pattern.density
