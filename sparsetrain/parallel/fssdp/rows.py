@@ -87,7 +87,9 @@ class ExpertRows(nn.Module):
 
     def stack(self, name: str) -> nn.Parameter:
         """The parameter [S, ...] of one of an expert's tensors; materialising the module replaces it."""
-        return self.get_parameter(name)
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
 
     def check_owners(self, owners_LE: IntArray) -> None:
         """Raise PlacementError unless these are owners of all experts among the ranks of a group."""
