@@ -16,6 +16,7 @@ from sparsetrain.config.data import (
     TokenizerFile,
 )
 from sparsetrain.config.dump import dump_config
+from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.config.load import load_config, locate
 from sparsetrain.config.model import Attention, DenseAttention, ModelConfig
 from sparsetrain.config.moe import MoeConfig
@@ -60,6 +61,7 @@ __all__ = [
     "DenseAttention",
     "Distribution",
     "ErdosRenyiKernel",
+    "FssdpConfig",
     "Geometric",
     "Global",
     "HuggingFace",

@@ -49,6 +49,7 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
     yield from _holdouts(config)
     yield from _vocabulary(config)
     yield from _resources(config)
+    yield from _experts(config)
 
 
 def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
@@ -58,6 +59,7 @@ def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
     if size is not None and world_size % size:
         message = f"must divide the number of ranks, {world_size}; {divisors_near(world_size, size)}"
         yield Conflict(("parallel", "shard_size"), size, message, (ranks,))
+    yield from _expert_groups(config, world_size)
     for path, tokens in _batch_sizes(config):
         for seq_len_path, seq_len in _seq_lens(config):
             samples, rest = divmod(tokens, seq_len)
@@ -67,6 +69,28 @@ def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
                     + _multiples_near(tokens, seq_len * world_size)
                 )
                 yield Conflict(path, tokens, message, (ranks, seq_len_path))
+
+
+def _expert_groups(config: RunConfig, world_size: int) -> Iterator[Conflict]:
+    """What does not fit where experts are spread over ranks."""
+    parallel, moe = config.parallel, config.model.moe
+    if parallel.experts is None or moe is None:
+        return
+    ranks: KeyPath = ("cluster", "workers")
+    if parallel.ep is not None and world_size % parallel.ep:
+        message = f"must divide the number of ranks, {world_size}; {divisors_near(world_size, parallel.ep)}"
+        yield Conflict(("parallel", "ep"), parallel.ep, message, (ranks,))
+    elif (size := parallel.ep or world_size) > moe.num_experts:
+        message = (
+            f"{size} ranks cannot share the {moe.num_experts} experts of a layer, because each owns one at least; "
+            + _divisor_up_to(moe.num_experts, world_size)
+        )
+        yield Conflict(("parallel", "ep"), parallel.ep, message, (("model", "moe", "num_experts"), ranks))
+
+
+def _divisor_up_to(most: int, number: int) -> str:
+    """The largest divisor of `number` that is at most `most`, for people."""
+    return f"{next(size for size in range(most, 0, -1) if number % size == 0)} would do"
 
 
 def _batches(config: RunConfig) -> Iterator[Conflict]:
@@ -145,6 +169,12 @@ def _resources(config: RunConfig) -> Iterator[Conflict]:
     if gpus not in (0, 1):
         message = "a worker drives one GPU: write 1 (or 0 for none), and set cluster.workers to the number of GPUs"
         yield Conflict(("cluster", "gpus_per_worker"), gpus, message)
+
+
+def _experts(config: RunConfig) -> Iterator[Conflict]:
+    if config.parallel.experts is not None and config.model.moe is None:
+        message = "the model has no experts; add model.moe, or remove this key"
+        yield Conflict(("parallel", "experts"), config.parallel.experts, message, (("model", "moe"),))
 
 
 def _phase(index: int) -> KeyPath:

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
 from sparsetrain.config.data import DataConfig, tokenizer_from_text
+from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.config.sparsity import Fraction, SparsityRule
 from sparsetrain.config.units import Count, divisors_near
@@ -125,6 +126,13 @@ class ParallelConfig(Section):
     """ddp: every rank holds everything. full: weights, gradients and optimizer state sharded (fully_shard)."""
     shard_size: Int | None = Field(default=None, gt=0)
     """With shard=full: ranks that share one copy of the weights, the rest replicate; default all ranks."""
+    experts: Literal["ep", "fssdp"] | None = None
+    """Spread the experts of model.moe over ranks, and send tokens to them. ep: each expert on one rank (expert
+    parallelism). fssdp: besides, replicas of busy experts, made anew each step. null: like any other weight."""
+    ep: Int | None = Field(default=None, gt=0)
+    """Ranks that share the experts, the rest replicate; default all ranks."""
+    fssdp: FssdpConfig = FssdpConfig()
+    """How experts are replicated and moved; of it, dispatch and pipeline are for experts=ep, too."""
     tp: Literal[1] = 1
     pp: Literal[1] = 1
     cp: Literal[1] = 1
@@ -133,6 +141,22 @@ class ParallelConfig(Section):
     def _only_full_has_a_size(self) -> Self:
         if self.shard_size is not None and self.shard != "full":
             raise KeyConflict("shard_size", f"has no meaning with shard={self.shard}; write shard: full or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _only_spread_experts_have_settings(self) -> Self:
+        if self.experts is None:
+            if self.ep is not None:
+                raise KeyConflict("ep", "has no meaning without experts; write experts: ep or fssdp, or remove it")
+            if self.fssdp != FssdpConfig():
+                raise KeyConflict("fssdp", "has no meaning without experts; write experts: fssdp, or remove it")
+        if self.experts == "ep":
+            for key in self.fssdp.beyond_ep:
+                raise KeyConflict(
+                    f"fssdp.{key}",
+                    "has no meaning with experts=ep, which replicates and moves no expert; "
+                    "write experts: fssdp, or remove it",
+                )
         return self
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.config import check_config, check_world, load_config
+from sparsetrain.config import check_config, check_world, dump_config, load_config
 from sparsetrain.errors import ConfigError
 
 Mistakes = Callable[..., list[str]]
@@ -90,3 +90,55 @@ def test_a_config_made_in_python_can_be_checked(tmp_path: Path) -> None:
         check_config(good.model_copy(update={"train": train}))
     with pytest.raises(ConfigError, match=r"train\.batch_tokens = 2048: .* which 3 ranks cannot share"):
         check_world(good, 3)
+
+
+MOE = """\
+name: tiny
+model: {dim: 8, num_layers: 1, num_heads: 2, moe: {num_experts: 4}}
+data: {seq_len: 256}
+train: {tokens: 4Ki, batch_tokens: 6Ki}
+parallel: {experts: fssdp}
+cluster: {workers: 4}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.moe.top_k=5"], "model.moe.top_k=5: a token cannot use more experts than num_experts=4"),
+        (["parallel.ep=3"], "parallel.ep=3: must divide the number of ranks, 4; 2 and 4 do"),
+        (["cluster.workers=8"], "parallel.ep = null: 8 ranks cannot share the 4 experts of a layer"),
+        (["cluster.workers=6", "parallel.ep=6"], "because each owns one at least; 3 would do"),
+        (["model.moe=null"], "parallel.experts = fssdp: the model has no experts; add model.moe, or remove this key"),
+        (
+            ["parallel.experts=null", "parallel.ep=2"],
+            "parallel.ep=2: has no meaning without experts; write experts: ep",
+        ),
+        (
+            ["parallel.experts=null", "parallel.fssdp.spare_slots=2"],
+            "parallel.fssdp: has no meaning without experts; write experts: fssdp",
+        ),
+        (
+            ["parallel.experts=ep", "parallel.fssdp={dispatch: paper, pipeline: 2, spare_slots: 2}"],
+            "parallel.fssdp.spare_slots = 2: has no meaning with experts=ep, which replicates and moves no expert",
+        ),
+        (["parallel.fssdp.pipeline=0"], "parallel.fssdp.pipeline=0: must be above 0"),
+        (["parallel.fssdp.pipeline=many"], "parallel.fssdp.pipeline=many: expected auto or a whole number"),
+        (["parallel.fssdp.spare_slots=-1"], "parallel.fssdp.spare_slots=-1: must be at least 0"),
+    ],
+)
+def test_experts_that_cannot_be_spread_so_are_told_with_a_fix(
+    mistakes: Mistakes, overrides: list[str], expected: str
+) -> None:
+    (line,) = mistakes(MOE, *overrides)
+
+    assert expected in line
+
+
+def test_a_resolved_config_of_expert_parallelism_loads_again(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(MOE)
+    run = load_config(tmp_path / "run.yaml", ["parallel={experts: ep, ep: 2, fssdp: {pipeline: 2}}"], world_size=4)
+    (tmp_path / "resolved.yaml").write_text(dump_config(run))
+
+    assert "spare_slots" in (tmp_path / "resolved.yaml").read_text()
+    assert load_config(tmp_path / "resolved.yaml") == run
