@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 
 from sparsetrain.errors import PlacementError
-from sparsetrain.moe.placement.matching import even_split, match_sources
+from sparsetrain.moe.placement.matching import Deliveries, EvenDeliveries, MatchedDeliveries
 from sparsetrain.moe.placement.placement import Placement
-from sparsetrain.moe.placement.splitting import capacity_split
+from sparsetrain.moe.placement.splitting import capacity_split, loads
 from sparsetrain.moe.placement.topology import IntArray, Topology
 
 DispatchMethod = Literal["capacity", "paper"]
@@ -21,46 +21,48 @@ class Dispatch:
     """The rows that each source sends to each holder of each expert; the same object on every rank.
 
     Args:
+        counts_ES: int64 [E, S], rows of each source for each expert.
         placement: Who holds what.
-        topology: Where the devices stand; sources are the same devices.
-        rows_PS: int64 [P, S], rows of source s that go to pair p, in the order of `placement.expert_P`/`device_P`.
+        deliveries: How the rows are split.
     """
 
+    counts_ES: IntArray
     placement: Placement
-    topology: Topology
-    rows_PS: IntArray
+    deliveries: Deliveries
 
     def sent_by(self, source: int) -> IntArray:
         """int64 [E, D]: rows of a source for expert e that go to device d."""
         rows_ED = np.zeros((self.placement.num_experts, self.placement.num_devices), dtype=np.int64)
-        rows_ED[self.placement.expert_P, self.placement.device_P] = self.rows_PS[:, source]
+        pairs = np.arange(len(self.placement.expert_P))
+        rows_ED[self.placement.expert_P, self.placement.device_P] = self.deliveries.rows(pairs, np.array([source]))[
+            :, 0
+        ]
         return rows_ED
 
     def received_by(self, device: int) -> IntArray:
         """int64 [S, E]: rows that a device gets from source s for expert e."""
-        rows_SE = np.zeros((self.rows_PS.shape[1], self.placement.num_experts), dtype=np.int64)
+        num_sources = self.counts_ES.shape[1]
+        rows_SE = np.zeros((num_sources, self.placement.num_experts), dtype=np.int64)
         pairs = np.flatnonzero(self.placement.device_P == device)
-        rows_SE[:, self.placement.expert_P[pairs]] = self.rows_PS[pairs].T
+        rows_SE[:, self.placement.expert_P[pairs]] = self.deliveries.rows(pairs, np.arange(num_sources)).T
         return rows_SE
 
     @cached_property
     def load_D(self) -> IntArray:
         """int64 [D]: rows that each device computes."""
-        load_D = np.zeros(self.placement.num_devices, dtype=np.int64)
-        np.add.at(load_D, self.placement.device_P, self.rows_PS.sum(axis=1))
-        return load_D
+        return loads(self.deliveries.rows_P, self.placement)
 
-    @cached_property
+    @property
     def crossing(self) -> int:
         """Rows whose source and device stand in different nodes."""
-        node_D = self.topology.node_D
-        return int(self.rows_PS[node_D[self.placement.device_P, None] != node_D].sum())
+        return self.deliveries.crossing
 
     @cached_property
     def fingerprint(self) -> int:
         """63 bits that are equal for equal plans in every process, for comparing ranks' plans."""
         digest = blake2b(self.placement.fingerprint.to_bytes(8, "little"), digest_size=8)
-        digest.update(np.ascontiguousarray(self.rows_PS).data)
+        digest.update(self.counts_ES.data)
+        digest.update(np.ascontiguousarray(self.deliveries.rows_P).data)
         return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -97,8 +99,8 @@ def dispatch(
         )
     counts_ES = np.ascontiguousarray(counts_SE.T, dtype=np.int64)
     if method == "paper":
-        return Dispatch(placement, topology, even_split(counts_ES, placement, topology))
+        return Dispatch(counts_ES, placement, EvenDeliveries(counts_ES, placement, topology))
     if method == "capacity":
         rows_P = capacity_split(counts_ES, placement, topology, cross_node_cost)
-        return Dispatch(placement, topology, match_sources(counts_ES, rows_P, placement, topology))
+        return Dispatch(counts_ES, placement, MatchedDeliveries(counts_ES, rows_P, placement, topology))
     raise PlacementError(f"dispatch method {method!r} is unknown; use 'capacity' or 'paper'")

@@ -89,8 +89,8 @@ def test_sources_are_matched_locally_first_then_in_the_node(case):
     """Given what each holder takes, no more rows leave their device, or their node, than must."""
     problem, placement = case
     plan = deliveries(problem, placement)["capacity"]
-    taken_P, counts_SE = plan.rows_PS.sum(axis=1), problem.counts_SE
-    local_P = plan.rows_PS[np.arange(len(taken_P)), placement.device_P]
+    taken_P, counts_SE = plan.deliveries.rows_P, problem.counts_SE
+    local_P = [plan.sent_by(device)[expert, device] for expert, device in np.argwhere(placement.holders_ED)]
     np.testing.assert_array_equal(local_P, np.minimum(taken_P, counts_SE[placement.device_P, placement.expert_P]))
     taken_DE = np.zeros_like(counts_SE)
     taken_DE[placement.device_P, placement.expert_P] = taken_P
