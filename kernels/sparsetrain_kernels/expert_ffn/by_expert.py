@@ -1,21 +1,18 @@
-"""The forward and backward pass of experts one after the other, without autograd: matrix products into given memory.
+"""The forward and backward pass of experts one after the other, without autograd.
 
 For CPUs, and for callers that own the backward pass and hold an expert's weights in tensors of their own.
 
 Shapes: R rows, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up rows), F for GELU.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.expert_ffn.blocks import Biases, Scratch, Weights, backward_block, blocks, forward_block
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import as_written
-
-Activation = Literal["swiglu", "gelu"]
-Biases = Sequence[Tensor] | None
 
 
 def expert_ffn_forward(
@@ -25,7 +22,7 @@ def expert_ffn_forward(
     w_out: Sequence[Tensor],
     b_in: Biases,
     b_out: Biases,
-    activation: Activation,
+    activation: str,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Apply expert e to the e-th counts[e] rows.
 
@@ -42,14 +39,7 @@ def expert_ffn_forward(
         y_RD: In the dtype of x.
         saved: What the backward pass needs besides.
     """
-    hidden_dim = w_in[0].shape[0]
-    h_RH = x_RD.new_empty(len(x_RD), hidden_dim)
-    y_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
-    with torch.no_grad(), as_written(x_RD.device):
-        for e, rows in _row_ranges(counts):
-            _linear(x_RD[rows], w_in[e], None if b_in is None else b_in[e], h_RH[rows])
-            a = _activate(h_RH[rows], activation)
-            _linear(a, w_out[e], None if b_out is None else b_out[e], y_RD[rows])
+    y_RD, h_RH = forward_of_rows(x_RD, counts, Weights(w_in, w_out, b_in, b_out), activation)
     return y_RD, (h_RH,)
 
 
@@ -62,7 +52,7 @@ def expert_ffn_backward(
     w_out: Sequence[Tensor],
     b_in: Biases,
     b_out: Biases,
-    activation: Activation,
+    activation: str,
     dw_in: Sequence[Tensor],
     dw_out: Sequence[Tensor],
     db_in: Biases,
@@ -71,7 +61,7 @@ def expert_ffn_backward(
     """The gradient by x; those by weights and biases are added to the given tensors, of any float dtype.
 
     Args:
-        dy_RD: Any strides.
+        dy_RD: Any float dtype and strides.
         x_RD: As in the forward pass, as are `counts`, weights, biases and the activation.
         saved: What the forward pass returned.
         dw_in: [H, D] of each expert.
@@ -82,51 +72,45 @@ def expert_ffn_backward(
     Returns:
         dx_RD: In the dtype of x.
     """
+    weights, gradients = Weights(w_in, w_out, b_in, b_out), Weights(dw_in, dw_out, db_in, db_out)
     (h_RH,) = saved
-    dy_RD = dy_RD.to(x_RD.dtype).contiguous()
-    dx_RD = torch.empty_like(x_RD, memory_format=torch.contiguous_format)
+    return backward_of_rows(dy_RD, x_RD, h_RH, counts, weights, activation, gradients, add=True)
+
+
+def forward_of_rows(x_RD: Tensor, counts: Sequence[int], weights: Weights, activation: str) -> tuple[Tensor, Tensor]:
+    """The experts' outputs, and hidden activations [R, H] before their nonlinearity."""
+    h_RH, y_RD = new_result(x_RD, len(x_RD), weights.in_dim), new_result(x_RD, *x_RD.shape)
+    parts = blocks(counts, len(h_RH), weights.in_dim * x_RD.itemsize)
+    scratch = Scratch(x_RD, parts)
     with torch.no_grad(), as_written(x_RD.device):
-        for e, rows in _row_ranges(counts):
-            dy, x = dy_RD[rows], x_RD[rows]
-            da = torch.mm(dy, w_out[e])
-            a, dh = _activate_backward(da, h_RH[rows], activation)
-            dw_out[e].add_(torch.mm(dy.mT, a))
-            dw_in[e].add_(torch.mm(dh.mT, x))
-            torch.mm(dh, w_in[e], out=dx_RD[rows])
-            if db_in is not None and db_out is not None:
-                db_in[e].add_(dh.sum(0))
-                db_out[e].add_(dy.sum(0))
+        for block in parts:
+            rows = block.rows
+            forward_block(block, x_RD[rows], weights, activation, scratch, h_RH[rows], y_RD[rows])
+    return y_RD, h_RH
+
+
+def backward_of_rows(
+    dy_RD: Tensor,
+    x_RD: Tensor,
+    h_RH: Tensor,
+    counts: Sequence[int],
+    weights: Weights,
+    activation: str,
+    gradients: Weights | None,
+    *,
+    add: bool,
+) -> Tensor:
+    """The gradient by x; those by weights are added to `gradients`, or written there, or not computed if it is None.
+
+    Where they are written, those of experts without rows stay as they are.
+    """
+    dy_RD = dy_RD.to(x_RD.dtype).contiguous()
+    dx_RD = new_result(x_RD, *x_RD.shape)
+    parts = blocks(counts, len(h_RH), weights.in_dim * x_RD.itemsize)
+    scratch = Scratch(x_RD, parts)
+    with torch.no_grad(), as_written(x_RD.device):
+        for block in parts:
+            dy, x, h, dx = (t[block.rows] for t in (dy_RD, x_RD, h_RH, dx_RD))
+            adds = add or not block.is_first
+            backward_block(block, dy, x, h, weights, activation, scratch, gradients, adds, dx)
     return dx_RD
-
-
-def _row_ranges(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, and which."""
-    for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        if count:
-            yield expert, slice(end - count, end)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Write x weightᵀ + bias."""
-    if bias is None:
-        torch.mm(x, weight.mT, out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), x, weight.mT, out=out)
-
-
-def _activate(h_RH: Tensor, activation: Activation) -> Tensor:
-    if activation == "gelu":
-        return torch.ops.aten.gelu(h_RH, approximate="tanh")
-    gate_RF, up_RF = h_RH.chunk(2, dim=1)
-    return torch.ops.aten.silu(gate_RF).mul_(up_RF)
-
-
-def _activate_backward(da_RF: Tensor, h_RH: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """The activation again, and the gradient by what it was applied to."""
-    if activation == "gelu":
-        return _activate(h_RH, activation), torch.ops.aten.gelu_backward(da_RF, h_RH, approximate="tanh")
-    gate_RF, up_RF = h_RH.chunk(2, dim=1)
-    silu_RF = torch.ops.aten.silu(gate_RF)
-    dup_RF = da_RF * silu_RF
-    dgate_RF = torch.ops.aten.silu_backward(da_RF.mul_(up_RF), gate_RF)
-    return silu_RF.mul_(up_RF), torch.cat([dgate_RF, dup_RF], dim=1)

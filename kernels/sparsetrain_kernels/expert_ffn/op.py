@@ -3,14 +3,16 @@
 Shapes: T tokens, R rows, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up rows), F for GELU.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.expert_ffn.by_expert import Activation, Biases, expert_ffn_backward, expert_ffn_forward
-from sparsetrain_kernels.permute import reference as rows
+from sparsetrain_kernels.expert_ffn.activation import Activation
+from sparsetrain_kernels.expert_ffn.blocks import Weights
+from sparsetrain_kernels.expert_ffn.by_expert import backward_of_rows, forward_of_rows
+from sparsetrain_kernels.expert_ffn.fused import moe_backward, moe_forward
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import compute_dtype
 
 
@@ -27,12 +29,12 @@ def expert_ffn(
     """Apply to each row the feed-forward network of its expert; differentiable in rows, weights and biases.
 
     swiglu: w_out (silu(gate x) · up x). gelu: w_out gelu(w_in x), in the tanh form. Products run in the autocast dtype
-    where autocast is on, else in the dtype of x.
+    where autocast is on, else in the dtype of x; gradients of weights have the dtype of the weights.
 
     Args:
         x_RD: Rows sorted by expert.
         counts_E: int64, rows of each expert; they add up to R. Zeros are allowed, and so is R = 0.
-        w_in_EHD: Gate rows, then up rows, for swiglu.
+        w_in_EHD: The first matrices: for swiglu gate rows, then up rows.
         w_out_EDF: The second matrices.
         b_in: [E, H], or None.
         b_out: [E, D]; given if and only if `b_in` is.
@@ -40,10 +42,13 @@ def expert_ffn(
 
     Returns:
         [R, D] in the dtype of the products.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
     """
-    dtype = compute_dtype(x_RD)
-    weights = [None if w is None else w.to(dtype) for w in (w_in_EHD, w_out_EDF, b_in, b_out)]
-    y_RD: Tensor = torch.ops.sparsetrain.expert_ffn(x_RD.to(dtype), counts_E, *weights, activation)[0]
+    _check(x_RD, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation)
+    x_RD = x_RD.to(compute_dtype(x_RD))
+    y_RD: Tensor = torch.ops.sparsetrain.expert_ffn(x_RD, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation)[0]
     return y_RD
 
 
@@ -64,7 +69,7 @@ def moe_ffn(
     Args:
         x_TD: Tokens.
         token_R: int64, the token of each row; rows sorted by expert.
-        weight_R: Floats.
+        weight_R: Floats, differentiable as well.
         counts_E: As `expert_ffn` takes it, and so the rest.
         w_in_EHD: See `expert_ffn`.
         w_out_EDF: See `expert_ffn`.
@@ -74,11 +79,44 @@ def moe_ffn(
 
     Returns:
         [T, D] in the dtype of the products; 0 for tokens that have no row.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
     """
-    dtype = compute_dtype(x_TD)
-    weights = [None if w is None else w.to(dtype) for w in (w_in_EHD, w_out_EDF, b_in, b_out)]
-    y_TD: Tensor = torch.ops.sparsetrain.moe_ffn(x_TD.to(dtype), token_R, weight_R, counts_E, *weights, activation)[0]
+    _check(x_TD, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation)
+    x_TD = x_TD.to(compute_dtype(x_TD))
+    y_TD: Tensor = torch.ops.sparsetrain.moe_ffn(
+        x_TD, token_R, weight_R, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation
+    )[0]
     return y_TD
+
+
+def _check(
+    x: Tensor,
+    counts_E: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    activation: str,
+) -> None:
+    num_experts, dim, hidden_dim = w_out.shape
+    in_dim = {"swiglu": 2 * hidden_dim, "gelu": hidden_dim}.get(activation)
+    if in_dim is None:
+        raise ValueError(f"activation = {activation}: expected swiglu or gelu")
+    if (b_in is None) != (b_out is None):
+        raise ValueError("b_in and b_out: both or neither")
+    expected = {"counts_E": (num_experts,), "w_in": (num_experts, in_dim, dim), "x": (x.shape[0], dim)}
+    found = {"counts_E": counts_E.shape, "w_in": w_in.shape, "x": x.shape}
+    if b_in is not None and b_out is not None:
+        expected |= {"b_in": (num_experts, in_dim), "b_out": (num_experts, dim)}
+        found |= {"b_in": b_in.shape, "b_out": b_out.shape}
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(found[name])}: expected {shape}, for {activation} and w_out of shape "
+                f"{tuple(w_out.shape)}"
+            )
 
 
 @torch.library.custom_op("sparsetrain::expert_ffn", mutates_args=())
@@ -90,19 +128,18 @@ def _expert_ffn(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    y_RD, (h_RH,) = expert_ffn_forward(
-        x_RD.contiguous(),
-        counts_E.tolist(),
-        *_lists(w_in_EHD, w_out_EDF, b_in, b_out),
-        activation,
-    )
-    return y_RD, h_RH
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what the backward pass wants: hidden activations, and the weights where they had to be cast."""
+    w_in_C, w_out_C = _cast(w_in_EHD, x_RD.dtype), _cast(w_out_EDF, x_RD.dtype)
+    weights = Weights.unstack(_either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out)
+    y_RD, h_RH = forward_of_rows(x_RD, counts_E.tolist(), weights, activation)
+    return y_RD, h_RH, w_in_C, w_out_C
 
 
 @_expert_ffn.register_fake
-def _(x_RD: Tensor, counts_E: Tensor, w_in_EHD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(x_RD.shape[0], w_in_EHD.shape[1])
+def _(x_RD: Tensor, counts_E: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    h_RH = x_RD.new_empty(x_RD.shape[0], w_in_EHD.shape[1])
+    return x_RD.new_empty(x_RD.shape), h_RH, _empty_cast(w_in_EHD, x_RD.dtype), _empty_cast(w_out_EDF, x_RD.dtype)
 
 
 @torch.library.custom_op("sparsetrain::expert_ffn_backward", mutates_args=())
@@ -116,44 +153,31 @@ def _expert_ffn_backward(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: str,
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    weights = (w_in_EHD, w_out_EDF, b_in, b_out)
-    dweights = [None if w is None else torch.zeros_like(w) for w in weights]
-    dx_RD = expert_ffn_backward(
-        dy_RD,
-        x_RD,
-        (h_RH,),
-        counts_E.tolist(),
-        *_lists(*weights),
-        activation,
-        *_lists(*dweights),
-    )
-    return [dx_RD, *(dw for dw in dweights if dw is not None)]
+    """Gradients by x and by every weight that there is; the latter in `dtype`, or left out if it is None."""
+    counts = counts_E.tolist()
+    gradients = _new_gradients(counts, dtype, w_in_EHD, w_out_EDF, b_in, b_out)
+    weights = Weights.unstack(w_in_EHD, w_out_EDF, b_in, b_out)
+    into = Weights.unstack(*gradients) if gradients else None
+    return [backward_of_rows(dy_RD, x_RD, h_RH, counts, weights, activation, into, add=False), *_present(gradients)]
 
 
 @_expert_ffn_backward.register_fake
-def _(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    h_RH: Tensor,
-    counts_E: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Any,
-    b_out: Any,
-    *rest: Any,
-) -> list[Tensor]:
-    return [torch.empty_like(w) for w in (x_RD, w_in, w_out, b_in, b_out) if w is not None]
+def _(dy_RD: Tensor, x_RD: Tensor, h_RH: Tensor, counts_E: Tensor, *rest: Any) -> list[Tensor]:
+    return [x_RD.new_empty(x_RD.shape), *_empty_gradients(*rest)]
 
 
-def _save_for_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_for_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_RD, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
-    ctx.save_for_backward(x_RD, output[1], counts_E, w_in, w_out, b_in, b_out)
-    ctx.set_materialize_grads(False)
+    _, h_RH, w_in_C, w_out_C = output
+    ctx.dtype = w_in.dtype
+    ctx.save_for_backward(x_RD, h_RH, counts_E, _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out)
 
 
-def _differentiate_expert_ffn(ctx: Any, dy_RD: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    dx_RD, *dweights = torch.ops.sparsetrain.expert_ffn_backward(dy_RD, *ctx.saved_tensors, ctx.activation)
+def _differentiate_expert_ffn(ctx: Any, dy_RD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    dtype = ctx.dtype if any(ctx.needs_input_grad[2:6]) else None
+    dx_RD, *dweights = torch.ops.sparsetrain.expert_ffn_backward(dy_RD, *ctx.saved_tensors, ctx.activation, dtype)
     return dx_RD, None, *dweights, *[None] * (5 - len(dweights))
 
 
@@ -171,30 +195,32 @@ def _moe_ffn(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x_RD = rows.gather(x_TD.contiguous(), token_R)
-    y_RD, (h_RH,) = expert_ffn_forward(
-        x_RD,
-        counts_E.tolist(),
-        *_lists(w_in_EHD, w_out_EDF, b_in, b_out),
-        activation,
-    )
-    return rows.combine(y_RD, weight_R, token_R, len(x_TD)), x_RD, h_RH, y_RD
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what the backward pass wants: activations, and the weights where they had to be cast."""
+    w_in_C, w_out_C = _cast(w_in_EHD, x_TD.dtype), _cast(w_out_EDF, x_TD.dtype)
+    weights = Weights.unstack(_either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out)
+    return *moe_forward(x_TD, token_R, weight_R, counts_E.tolist(), weights, activation), w_in_C, w_out_C
 
 
 @_moe_ffn.register_fake
 def _(
-    x_TD: Tensor, token_R: Tensor, weight_R: Tensor, counts_E: Tensor, w_in: Tensor, *rest: Any
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    counts_E: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    num_rows, dim = token_R.shape[0], x_TD.shape[1]
-    x_RD, h_RH, y_RD = (x_TD.new_empty(num_rows, size) for size in (dim, w_in.shape[1], dim))
-    return x_TD.new_empty(x_TD.shape), x_RD, h_RH, y_RD
+    h_RH, y_RD = (x_TD.new_empty(token_R.shape[0], dim) for dim in (w_in_EHD.shape[1], x_TD.shape[1]))
+    casts = (_empty_cast(w, x_TD.dtype) for w in (w_in_EHD, w_out_EDF))
+    return x_TD.new_empty(x_TD.shape), h_RH, y_RD, *casts
 
 
 @torch.library.custom_op("sparsetrain::moe_ffn_backward", mutates_args=())
 def _moe_ffn_backward(
     dy_TD: Tensor,
-    x_RD: Tensor,
+    x_TD: Tensor,
     h_RH: Tensor,
     y_RD: Tensor,
     token_R: Tensor,
@@ -205,27 +231,22 @@ def _moe_ffn_backward(
     b_in: Tensor | None,
     b_out: Tensor | None,
     activation: str,
+    dtype: torch.dtype | None,
 ) -> list[Tensor]:
-    weights = (w_in_EHD, w_out_EDF, b_in, b_out)
-    dweights = [None if w is None else torch.zeros_like(w) for w in weights]
-    dy_RD, dweight_R = rows.combine_backward(dy_TD.contiguous(), y_RD, weight_R, token_R)
-    dx_RD = expert_ffn_backward(
-        dy_RD,
-        x_RD,
-        (h_RH,),
-        counts_E.tolist(),
-        *_lists(*weights),
-        activation,
-        *_lists(*dweights),
-    )
-    dx_TD = rows.combine(dx_RD, None, token_R, len(dy_TD))
-    return [dx_TD, dweight_R, *(dw for dw in dweights if dw is not None)]
+    """Gradients by x, `weight_R` and every weight that there is; the last in `dtype`, or left out if it is None."""
+    counts = counts_E.tolist()
+    gradients = _new_gradients(counts, dtype, w_in_EHD, w_out_EDF, b_in, b_out)
+    weights = Weights.unstack(w_in_EHD, w_out_EDF, b_in, b_out)
+    into = Weights.unstack(*gradients) if gradients else None
+    dy_TD = dy_TD.to(x_TD.dtype)
+    dx, dweight = moe_backward(dy_TD, x_TD, h_RH, y_RD, token_R, weight_R, counts, weights, activation, into)
+    return [dx, dweight, *_present(gradients)]
 
 
 @_moe_ffn_backward.register_fake
 def _(
     dy_TD: Tensor,
-    x_RD: Tensor,
+    x_TD: Tensor,
     h_RH: Tensor,
     y_RD: Tensor,
     token_R: Tensor,
@@ -233,29 +254,58 @@ def _(
     counts_E: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    return [
-        torch.empty_like(dy_TD, memory_format=torch.contiguous_format),
-        *(torch.empty_like(w) for w in (weight_R, *rest[:4]) if w is not None),
-    ]
+    return [x_TD.new_empty(x_TD.shape), torch.empty_like(weight_R), *_empty_gradients(*rest)]
 
 
 def _save_for_moe_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, token_R, weight_R, counts_E, *weights, ctx.activation = inputs
-    ctx.save_for_backward(*output[1:], token_R, weight_R, counts_E, *weights)
-    ctx.set_materialize_grads(False)
+    x_TD, token_R, weight_R, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
+    _, h_RH, y_RD, w_in_C, w_out_C = output
+    ctx.dtype = w_in.dtype
+    weights = _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out
+    ctx.save_for_backward(x_TD, h_RH, y_RD, token_R, weight_R, counts_E, *weights)
 
 
 def _differentiate_moe_ffn(ctx: Any, dy_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    dx_TD, dweight_R, *dweights = torch.ops.sparsetrain.moe_ffn_backward(dy_TD, *ctx.saved_tensors, ctx.activation)
+    dtype = ctx.dtype if any(ctx.needs_input_grad[4:8]) else None
+    dx_TD, dweight_R, *dweights = torch.ops.sparsetrain.moe_ffn_backward(
+        dy_TD, *ctx.saved_tensors, ctx.activation, dtype
+    )
     return dx_TD, None, dweight_R, None, *dweights, *[None] * (5 - len(dweights))
 
 
 _moe_ffn.register_autograd(_differentiate_moe_ffn, setup_context=_save_for_moe_ffn)
 
 
-def _lists(
-    w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Biases, Biases]:
-    """The tensors of each expert."""
-    biases = [None if stack is None else stack.unbind() for stack in (b_in, b_out)]
-    return w_in.unbind(), w_out.unbind(), biases[0], biases[1]
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in another dtype; an empty tensor where it is the same, as results must not share memory with it."""
+    return (
+        weight.new_empty(0) if weight.dtype == dtype else new_result(weight, *weight.shape, dtype=dtype).copy_(weight)
+    )
+
+
+def _empty_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(0) if weight.dtype == dtype else weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _either(cast: Tensor, weight: Tensor) -> Tensor:
+    return cast if cast.dim() == weight.dim() else weight
+
+
+def _new_gradients(counts: list[int], dtype: torch.dtype | None, *weights: Tensor | None) -> Any:
+    """Memory for the gradients of weights, zero for experts without rows; nothing where dtype is None."""
+    if dtype is None:
+        return ()
+    stacks = tuple(None if w is None else new_result(w, *w.shape, dtype=dtype) for w in weights)
+    for expert, count in enumerate(counts):
+        if count == 0:
+            for stack in _present(stacks):
+                stack[expert].zero_()
+    return stacks
+
+
+def _empty_gradients(w_in: Tensor, w_out: Tensor, b_in: Any, b_out: Any, _: str, dtype: Any) -> list[Tensor]:
+    return [] if dtype is None else [w.new_empty(w.shape, dtype=dtype) for w in _present((w_in, w_out, b_in, b_out))]
+
+
+def _present(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

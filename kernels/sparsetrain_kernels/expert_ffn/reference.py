@@ -14,20 +14,20 @@ def expert_ffn(
     w_in_EHD: Tensor,
     w_out_EDF: Tensor,
     *,
-    b_in_EH: Tensor | None = None,
-    b_out_ED: Tensor | None = None,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
     activation: str = "swiglu",
 ) -> Tensor:
     """swiglu: w_out (silu(gate x) · up x). gelu: w_out gelu(w_in x), in the tanh form. [R, D]."""
     y_RD = []
     for expert, x in enumerate(torch.split(x_RD, counts_E.tolist())):
-        h = F.linear(x, w_in_EHD[expert], None if b_in_EH is None else b_in_EH[expert])
+        h = F.linear(x, w_in_EHD[expert], None if b_in is None else b_in[expert])
         if activation == "swiglu":
             gate, up = h.chunk(2, dim=-1)
             a = F.silu(gate) * up
         else:
             a = F.gelu(h, approximate="tanh")
-        y_RD.append(F.linear(a, w_out_EDF[expert], None if b_out_ED is None else b_out_ED[expert]))
+        y_RD.append(F.linear(a, w_out_EDF[expert], None if b_out is None else b_out[expert]))
     return torch.cat(y_RD)
 
 

@@ -21,7 +21,7 @@ def meta_model(config: ModelConfig, vocab_size: int = 512, max_seq_len: int = 12
 
 def visible_moe_ffn(*tensors, b_in, b_out, activation):
     """The experts in torch's own operators, whose FLOPs torch can count."""
-    return reference.moe_ffn(*tensors, b_in_EH=b_in, b_out_ED=b_out, activation=activation)
+    return reference.moe_ffn(*tensors, b_in=b_in, b_out=b_out, activation=activation)
 
 
 @SHAPES

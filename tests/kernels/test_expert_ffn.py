@@ -1,0 +1,247 @@
+"""Experts' feed-forward networks: outputs and every gradient against plain torch in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from sparsetrain_kernels import expert_ffn, expert_ffn_backward, expert_ffn_forward, moe_ffn
+from sparsetrain_kernels.expert_ffn import blocks, reference
+from torch import Tensor
+
+COUNTS = {
+    "even": [4, 4, 4],
+    "uneven": [1, 17, 6],
+    "empty-first": [0, 5, 3],
+    "empty-last": [9, 2, 0],
+    "one-expert": [0, 23, 0],
+    "one-row": [0, 0, 1],
+    "no-rows": [0, 0, 0],
+}
+counts = pytest.mark.parametrize("counts", [pytest.param(c, id=name) for name, c in COUNTS.items()])
+forms = pytest.mark.parametrize(
+    ("activation", "bias"), [("swiglu", False), ("gelu", False), ("gelu", True)], ids=["swiglu", "gelu", "gelu-bias"]
+)
+precisions = pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.5e-2)],
+    ids=["fp64", "fp32", "bf16"],
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random tokens, rows and weights of three experts."""
+
+    counts: list[int]
+    activation: str
+    bias: bool
+    num_tokens: int = 11
+    dim: int = 10
+    ffn_dim: int = 14
+
+    @property
+    def token_R(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(self.num_tokens, (sum(self.counts),), generator=generator)
+
+    @property
+    def counts_E(self) -> Tensor:
+        return torch.tensor(self.counts)
+
+    def weights(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        in_dim = self.ffn_dim * (2 if self.activation == "swiglu" else 1)
+        shapes = [(in_dim, self.dim), (self.dim, self.ffn_dim), (in_dim,), (self.dim,)]
+        return [random(3, *shape, seed=2, dtype=dtype) for shape in shapes[: 4 if self.bias else 2]]
+
+    def inputs(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """x, weight_R, and the experts' weights."""
+        x_TD = random(self.num_tokens, self.dim, seed=3, dtype=dtype)
+        return [x_TD, random(sum(self.counts), seed=4, dtype=dtype), *self.weights(dtype)]
+
+    def moe(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        token_R, counts_E = self.token_R, self.counts_E
+
+        def call(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+            options = dict(zip(("b_in", "b_out"), weights[2:], strict=False))
+            return function(x, token_R, weight, counts_E, *weights[:2], activation=self.activation, **options)
+
+        return call
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1000 + len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def gradients(call: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradient by every input."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    y = call(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype), materialize_grads=True)]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], bound: float) -> None:
+    """Within `bound` of each tensor's largest value."""
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = theirs.abs().max().item() if theirs.numel() else 0.0
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=0, atol=bound * largest)
+
+
+@pytest.fixture(params=[False, True], ids=["one-block", "small-blocks"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts' rows whole, and cut into blocks of at most 5."""
+    if request.param:
+        monkeypatch.setattr(blocks, "_FEWEST_ROWS", 5)
+        monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1)
+
+
+@counts
+@forms
+@precisions
+def test_moe_ffn_and_its_gradients_equal_plain_torch(
+    counts: list[int], activation: str, bias: bool, dtype: torch.dtype, bound: float, cut: None
+) -> None:
+    case = Case(counts, activation, bias)
+    inputs, dy_TD = case.inputs(dtype), random(case.num_tokens, case.dim, seed=5, dtype=dtype)
+    ours = gradients(case.moe(moe_ffn), dy_TD, inputs)
+    assert {t.dtype for t in ours} == {dtype}
+    theirs = gradients(case.moe(reference.moe_ffn), dy_TD, [t.double() for t in inputs])
+    assert_near(ours, theirs, bound)
+
+
+@counts
+@forms
+@precisions
+def test_expert_ffn_and_its_gradients_equal_plain_torch(
+    counts: list[int], activation: str, bias: bool, dtype: torch.dtype, bound: float, cut: None
+) -> None:
+    case = Case(counts, activation, bias)
+    x_RD, dy_RD = (random(sum(counts), case.dim, seed=seed, dtype=dtype) for seed in (6, 7))
+
+    def call(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def of(x: Tensor, *weights: Tensor) -> Tensor:
+            options = dict(zip(("b_in", "b_out"), weights[2:], strict=False))
+            return function(x, case.counts_E, *weights[:2], activation=activation, **options)
+
+        return of
+
+    inputs = [x_RD, *case.weights(dtype)]
+    ours = gradients(call(expert_ffn), dy_RD, inputs)
+    theirs = gradients(call(reference.expert_ffn), dy_RD, [t.double() for t in inputs])
+    assert_near(ours, theirs, bound)
+
+
+@counts
+@forms
+def test_autocast_multiplies_in_bf16_and_returns_gradients_in_the_weights_dtype(
+    counts: list[int], activation: str, bias: bool
+) -> None:
+    case = Case(counts, activation, bias)
+    dy_TD = random(case.num_tokens, case.dim, seed=5)
+    leaves = [t.requires_grad_() for t in case.inputs(torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y_TD = case.moe(moe_ffn)(*leaves)
+    found = torch.autograd.grad(y_TD, leaves, dy_TD.to(torch.bfloat16))
+    assert y_TD.dtype == torch.bfloat16
+    assert {t.dtype for t in found} == {torch.float32}
+    theirs = gradients(case.moe(reference.moe_ffn), dy_TD, case.inputs())
+    assert_near([y_TD.detach(), *found], theirs, 3e-2)
+
+
+@counts
+@forms
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.float64], ids=["same-dtype", "wider"])
+def test_functions_on_lists_add_to_the_gradients_that_they_are_given(
+    counts: list[int], activation: str, bias: bool, gradient_dtype: torch.dtype, cut: None
+) -> None:
+    case = Case(counts, activation, bias)
+    x_RD, dy_RD = (random(sum(counts), case.dim, seed=seed, dtype=torch.float32) for seed in (6, 7))
+    stacks = case.weights(torch.float32)
+    lists = [list(w) for w in stacks] + [None] * (4 - len(stacks))
+    y_RD, saved = expert_ffn_forward(x_RD, counts, *lists, activation)
+    before = [random(*w.shape, seed=8, dtype=gradient_dtype) for w in stacks]
+    after = [w.clone() for w in before]
+    into = [list(w) for w in after] + [None] * (4 - len(stacks))
+    dx_RD = expert_ffn_backward(dy_RD, x_RD, saved, counts, *lists, activation, *into)
+
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        options = dict(zip(("b_in", "b_out"), weights[2:], strict=False))
+        return expert_ffn(x, case.counts_E, *weights[:2], activation=activation, **options)
+
+    y, dx, *dweights = gradients(call, dy_RD, [x_RD, *stacks])
+    assert torch.equal(y_RD, y)
+    assert torch.equal(dx_RD, dx)
+    assert_near(after, [b + d.to(gradient_dtype) for b, d in zip(before, dweights, strict=True)], 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@forms
+def test_uninitialised_memory_is_never_read(
+    activation: str, bias: bool, dtype: torch.dtype, cut: None, poisoned_memory: None
+) -> None:
+    case = Case([0, 13, 6], activation, bias)
+    inputs, dy_TD = case.inputs(dtype), random(case.num_tokens, case.dim, seed=5, dtype=dtype)
+    assert all(t.isfinite().all() for t in gradients(case.moe(moe_ffn), dy_TD, inputs))
+
+
+@forms
+def test_gradients_may_be_expanded_and_inputs_strided(activation: str, bias: bool) -> None:
+    case = Case([3, 0, 8], activation, bias)
+    inputs = case.inputs()
+    strided = [t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2] for t in inputs]
+    one = torch.ones((), dtype=torch.float64).expand(case.num_tokens, case.dim)
+    assert_near(gradients(case.moe(moe_ffn), one, strided), gradients(case.moe(reference.moe_ffn), one, inputs), 1e-12)
+
+
+def test_weights_without_gradient_get_none() -> None:
+    case = Case([3, 2, 8], "gelu", bias=True)
+    x, weight, *weights = case.inputs()
+    case.moe(moe_ffn)(x.requires_grad_(), weight.requires_grad_(), *weights).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert all(w.grad is None for w in weights)
+
+
+def test_equal_calls_give_bitwise_equal_results() -> None:
+    case = Case([40, 0, 61], "swiglu", bias=False, num_tokens=50, dim=64, ffn_dim=96)
+    inputs, dy_TD = case.inputs(torch.float32), random(50, 64, seed=5)
+    first, second = (gradients(case.moe(moe_ffn), dy_TD, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@forms
+def test_operators_pass_torchs_own_checks(activation: str, bias: bool) -> None:
+    case = Case([3, 0, 2], activation, bias)
+    leaves = [t.requires_grad_() for t in case.inputs(torch.float32)]
+    x_TD, weight_R, *weights = leaves
+    weights += [None] * (4 - len(weights))
+    routing = case.token_R, weight_R, case.counts_E
+    torch.library.opcheck(torch.ops.sparsetrain.moe_ffn.default, (x_TD, *routing, *weights, activation))
+    x_RD = x_TD.detach()[case.token_R].bfloat16().requires_grad_()
+    torch.library.opcheck(torch.ops.sparsetrain.expert_ffn.default, (x_RD, case.counts_E, *weights, activation))
+
+
+def test_torch_compile_takes_it_whole() -> None:
+    case = Case([3, 0, 2], "swiglu", bias=False)
+    inputs, dy_TD = case.inputs(torch.float32), random(case.num_tokens, case.dim, seed=5)
+    compiled = torch.compile(case.moe(moe_ffn), backend="aot_eager", fullgraph=True)
+    assert_near(gradients(compiled, dy_TD, inputs), gradients(case.moe(moe_ffn), dy_TD, inputs), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "relu"}, "activation = relu: expected swiglu or gelu"),
+        ({"activation": "gelu"}, r"w_in has shape \(3, 28, 10\): expected \(3, 14, 10\)"),
+        ({"counts": [3, 2]}, r"counts_E has shape \(2,\): expected \(3,\)"),
+        ({"counts": [3, 2, 4]}, "counts add up to 9 rows, and there are 5"),
+    ],
+    ids=["activation", "w_in", "experts", "rows"],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, object], message: str) -> None:
+    case = Case([3, 0, 2], "swiglu", bias=False)
+    x, weight, *weights = case.inputs()
+    wrong = replace(case, **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        moe_ffn(x, case.token_R, weight, wrong.counts_E, *weights, activation=wrong.activation)  # type: ignore[arg-type]
