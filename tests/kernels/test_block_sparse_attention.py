@@ -60,7 +60,7 @@ def test_any_layout_and_any_documents(
 
 def test_fast_path_computes_the_same_row_by_row_as_many_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     together = computed(CALL, CALL.layout(), CALL.tensors(torch.float64), "cpu")
-    monkeypatch.setattr(cpu_rows, "_SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(cpu_rows, "_BYTES_AT_ONCE", 1)
     alone = computed(CALL, CALL.layout(), CALL.tensors(torch.float64), "cpu")
     for one, other in zip(alone, together, strict=True):
         assert_close(one, other)

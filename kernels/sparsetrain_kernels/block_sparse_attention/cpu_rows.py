@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from sparsetrain_kernels.block_layout.ranges import END, FIRST, FULL, NOT_FULL, query_bounds
 from sparsetrain_kernels.block_layout.visibility import Visibility
 
-_SCORES_AT_ONCE = 2**18
-"""Scores of rows that are computed together; with what belongs to them about 8 MB in float32, which caches hold."""
+_BYTES_AT_ONCE = 2**20
+"""Bytes of the scores of rows computed together; the backward pass has eight such buffers, which caches then hold."""
 
 
 class Scratch:
@@ -89,7 +89,7 @@ class AllRows:
         num_blocks, num_key_blocks = visible.row_ranges.shape[2], visible.column_ranges.shape[2]
         self.heads = num_kv_heads if num_lists == 1 else num_heads
         self._block = visible.block
-        self._scores_a_block = num_heads // self.heads * visible.block**2
+        self._bytes_a_block = num_heads // self.heads * visible.block**2 * q_BSHD.element_size()
         ranges = visible.row_ranges.expand(batch, self.heads, -1, -1).reshape(-1, 4)
         self._counts, self._order = (ranges[:, END] - ranges[:, FIRST]).sort(stable=True)
         self._inverse = self._order.argsort()
@@ -128,7 +128,7 @@ class AllRows:
         gathered = self._first_block[first:end, None] + key_blocks
         first_keys = key_blocks * self._block
         bounds = self._bounds[self._bounds_row[first:end]]
-        step = max(1, _SCORES_AT_ONCE // (count * self._scores_a_block))
+        step = max(1, _BYTES_AT_ONCE // (count * self._bytes_a_block))
         for at in range(0, end - first, step):
             part = slice(at, min(at + step, end - first))
             places = slice(first + part.start, first + part.stop)
