@@ -114,11 +114,7 @@ def test_the_one_pass_sparsifier_equals_that_of_the_cpu(dtype: torch.dtype, devi
     weight = torch.randint(-3, 4, (9, 132), generator=torch.Generator().manual_seed(0)).to(dtype)  # many ties
     weight[0, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1])
     for ours, theirs in zip(sparsify_2_4(weight.to(device)), sparsify_on_cpu(weight), strict=True):
-        assert (
-            torch.equal(ours.cpu().nan_to_num(nan=99), theirs.nan_to_num(nan=99))
-            if ours.dtype == dtype
-            else (torch.equal(ours.cpu(), theirs))
-        )
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @requires_gpu
