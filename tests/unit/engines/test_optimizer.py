@@ -4,6 +4,7 @@ from sparsetrain.config.model import ModelConfig
 from sparsetrain.config.run import OptimizerConfig
 from sparsetrain.engines.optimizer import build_optimizer
 from sparsetrain.models import Transformer
+from sparsetrain.moe import MoELayer
 
 MODEL = ModelConfig(arch="gpt2", dim=16, num_layers=1, num_heads=2)
 
@@ -16,6 +17,18 @@ def test_matrices_decay_and_vectors_do_not():
         vector = name.endswith("bias") or "norm" in name
         assert decay.pop(id(parameter)) == (0.0 if vector else 0.3), name
     assert not decay
+
+
+def test_biases_of_stacked_experts_do_not_decay():
+    layer = MoELayer(8, 4, num_experts=3, activation="gelu", bias=True)
+    decaying, others = build_optimizer(layer, OptimizerConfig(weight_decay=0.3), torch.device("cpu")).param_groups
+    assert {id(p) for p in decaying["params"]} == {id(p) for p in (layer.router.weight, *weights(layer.experts, "w"))}
+    assert {id(p) for p in others["params"]} == {id(p) for p in weights(layer.experts, "b")}
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def weights(experts, kind):
+    return [experts.get_parameter(f"{kind}_{side}") for side in ("in", "out")]
 
 
 def test_settings_reach_a_fused_adamw():
