@@ -73,6 +73,11 @@ def check_accumulation(groups: ExpertGroups, spec: ExpertSpec, dtype: torch.dtyp
         for batch, store.requires_gradient_sync in enumerate(syncs):
             run_backward(partial(compute, store, plans(store, 10 * number + batch if batch else None), batch, dtype))
         check_gradients(store, experts, range(len(syncs)))
+    # A layer that is called twice in one pass has the sum of both.
+    optimizer.zero_grad()
+    twice = [partial(compute, store, plans(store, seed), seed, dtype) for seed in (2, 3)]
+    run_backward(lambda: [work() for work in twice])
+    check_gradients(store, experts, [2, 3])
     # What was accumulated without synchronisation goes with zero_grad, as DDP's no_sync would have it.
     store.requires_gradient_sync = False
     run_backward(partial(compute, store, plans(store, 5), 7, dtype))
@@ -280,7 +285,10 @@ def check_frozen_experts_get_no_gradient(groups: ExpertGroups) -> None:
     store.w_in.requires_grad_(False)
     run_backward(partial(compute, store, plans(store, 4), 0, torch.float32))
     assert store.w_in.grad is None
-    assert store.w_out.grad is not None
+    first = store.w_out.grad.clone()
+    run_backward(partial(compute, store, plans(store, 4), 0, torch.float32))
+    assert store.w_in.grad is None
+    assert torch.equal(store.w_out.grad, 2 * first)
 
 
 def check_bad_owners_are_refused(groups: ExpertGroups) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
@@ -24,6 +23,7 @@ from sparsetrain.moe import ExpertSpec
 from sparsetrain.moe.placement import Placement
 from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.parallel.fssdp.collectives import Route, Transfer, sparse_all_gather, sparse_reduce_scatter
+from sparsetrain.parallel.fssdp.gradients import OwnedGradients
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
 from sparsetrain.parallel.fssdp.replicas import LocalExperts, PackedExperts, Replicas
 from sparsetrain.parallel.fssdp.resharding import Resharding, check_agreement
@@ -73,7 +73,7 @@ class ExpertStore(Movable, ExpertRows):
         self.traffic = Traffic()
         """Counts up; set it to a new one to begin again."""
         self._casts: dict[int, tuple[object, PackedExperts]] = {}
-        self._grads_are_sums = False
+        self._gradients = OwnedGradients(self)
         self._finish_queued_for = -1
         self._reducing: tuple[int, Route, Transfer] | None = None
         _forget_casts_after_steps(self)
@@ -144,7 +144,6 @@ class ExpertStore(Movable, ExpertRows):
         """
         backward_pass = torch._C._current_graph_task_id()
         assert backward_pass != -1, "called outside of a backward pass"
-        self._begin_sums()
         if backward_pass != self._finish_queued_for:
             self._finish_queued_for = backward_pass
             Variable._execution_engine.queue_callback(self.finish_backward)
@@ -156,72 +155,49 @@ class ExpertStore(Movable, ExpertRows):
         For owned experts these are rows of the parameters' `.grad`, for replicas a buffer in their own dtype.
         """
         owned = self.owned(layer)
-        grads = self._begin_sums()
+        grads = self._gradients.open(layer)
         rows: dict[str, Sequence[Tensor]] = {name: self._rows(grad, layer, owned) for name, grad in grads.items()}
         return _with_replicas(owned, rows, replicas, Replicas.gradients)
 
     @torch.no_grad()
-    def start_reduce(self, layer: int, replicas: Replicas) -> None:
-        """Begin to bring the gradients of replicas to their owners (spRS); collective.
+    def start_reduce(self, layer: int, replicas: Replicas | None) -> None:
+        """Begin to bring a layer's gradients together, once this rank's are complete; collective.
 
-        What an earlier call has brought is added up first: the gradients of one layer at most are on their way.
+        Those of replicas go to their owners (spRS), and what owners have then goes between the expert groups, if there
+        are several. What an earlier call has brought is added up first: one layer at most is on its way to its owners.
         """
         self._add_reduced()
-        if replicas.route.is_needed:
-            what = f"reducing the gradients of the experts of {self.layer_paths[layer]}"
-            rows_RC = replicas.take_gradients()
-            transfer = sparse_reduce_scatter(rows_RC, replicas.route, self.groups.parameters, what=what)
-            self.traffic.reduced += transfer.bytes_received
-            self._reducing = layer, replicas.route, transfer
+        if replicas is None or not replicas.route.is_needed:
+            self._gradients.close(layer, synchronise=self.requires_gradient_sync)
+            return
+        what = f"reducing the gradients of the experts of {self.layer_paths[layer]}"
+        rows_RC = replicas.take_gradients()
+        transfer = sparse_reduce_scatter(rows_RC, replicas.route, self.groups.parameters, what=what)
+        self.traffic.reduced += transfer.bytes_received
+        self._reducing = layer, replicas.route, transfer
 
     @torch.no_grad()
     def finish_backward(self) -> None:
-        """Make means of the sums of gradients: `.grad` of every parameter is then what DDP would have left there.
+        """Make means of all gradients: `.grad` of every parameter is then what DDP would have left there.
 
         The mean is over all data-parallel ranks. Without `requires_gradient_sync` it is over this expert group, and
         later over the others. Experts without a token, and layers that were not run, have the gradient 0.
         """
         self._add_reduced()
-        if not self._grads_are_sums:
-            return
-        grads = list(self._begin_sums().values())
-        self._grads_are_sums = False
-        across = self.groups.replicate if self.requires_gradient_sync else None
-        share = 1 / (self.groups.size if across is None else self.groups.world_size)
-        if share != 1:
-            torch._foreach_mul_(grads, share)
-        if across is not None:
-            for work in [dist.all_reduce(grad, group=across, async_op=True) for grad in grads]:
-                work.wait()
+        self._gradients.finish(synchronise=self.requires_gradient_sync)
         if self.requires_gradient_sync:
             self.forget_casts()  # an optimizer's step is next, and needs the memory more
-        for stack in map(self.stack, self.spec.shapes):
-            if not stack.requires_grad:
-                stack.grad = None
-
-    @torch.no_grad()
-    def _begin_sums(self) -> dict[str, Tensor]:
-        """Have a `.grad` to add to; what is there already is a mean over the group, so make a sum of it again."""
-        grads = {}
-        for name in self.spec.shapes:
-            stack = self.stack(name)
-            if stack.grad is None:
-                stack.grad = torch.zeros_like(stack)
-            elif not self._grads_are_sums and self.groups.size > 1:
-                stack.grad.mul_(self.groups.size)
-            grads[name] = stack.grad
-        self._grads_are_sums = True
-        return grads
 
     def _add_reduced(self) -> None:
-        """Add up what replicas' holders have sent, in the order of their ranks."""
+        """Add up what replicas' holders have sent, in the order of their ranks; that layer is then done."""
         if self._reducing is None:
             return
         (layer, route, transfer), self._reducing = self._reducing, None
         packed = PackedExperts(self.spec, transfer.wait())
-        for name, grad in self._begin_sums().items():
+        for name, grad in self._gradients.open(layer).items():
             for row, increment in zip(self._rows(grad, layer, route.sent), packed[name], strict=True):
                 row.add_(increment)
+        self._gradients.close(layer, synchronise=self.requires_gradient_sync)
 
     # New owners
 
@@ -244,7 +220,7 @@ class ExpertStore(Movable, ExpertRows):
             PlacementError: A rank would own more or fewer experts, or ranks were given different owners.
         """
         assert self._reducing is None, "resharding while gradients are on their way"
-        assert not self._grads_are_sums, "resharding during a backward pass"
+        assert self._gradients.are_means, "resharding during a backward pass"
         moments = _moments_in(optimizer)
         tensors = self._stacked_tensors(moments)
         check_agreement(self.groups, self.layer_paths, owners_LE, list(tensors))
