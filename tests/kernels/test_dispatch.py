@@ -8,6 +8,8 @@ import torch
 from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.dispatch import DENSE, Choice, Implementation, Operation, Problem, Table
 
+from sparsetrain.testing import assert_close
+
 SIZES = (1024, 512, 256)
 
 
@@ -143,3 +145,22 @@ def test_an_operation_needs_a_dense_implementation_and_a_name_of_its_own(operati
         Operation("scale", operation.implementations)
     with pytest.raises(ValueError, match="no operation is called 'unheard'; there are scale"):
         dispatch.explain("unheard", "cpu", torch.float32, "", (1,), 1.0)
+
+
+SPARSE = [name for name in dispatch.OPERATIONS if name.startswith(("block_sparse_linear.", "nm_linear."))]
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_tuning_runs_computes_the_same_by_every_implementation(name: str) -> None:
+    operation = dispatch.OPERATIONS[name]
+    problems = {problem.variant: problem for problem in operation.measured("cpu") if problem.dtype == torch.float32}
+    compared = 0
+    for problem in problems.values():
+        problem = problem._replace(sizes=(16, 256, 256))
+        arguments = operation.arguments(problem)
+        expected = operation.implementations[DENSE].run(*arguments)
+        for candidate in operation.candidates(problem):
+            found = operation.implementations[candidate].run(*arguments)
+            assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            compared += 1
+    assert compared >= len(problems)

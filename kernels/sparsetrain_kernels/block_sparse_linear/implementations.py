@@ -62,28 +62,25 @@ def _random(problem: Problem, *shape: int) -> Tensor:
     return torch.randn(shape, device=problem.device, dtype=problem.dtype)
 
 
+def _masked(problem: Problem, layout: WeightBlocks) -> Tensor:
+    return layout.unpack(layout.pack(_random(problem, *layout.grid.shape)))
+
+
 # Times are kept of the case that is best for dense: a dense weight that needs no masking, no bias.
 
 
 def _output_arguments(problem: Problem) -> Sequence[Any]:
-    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
-    return (
-        _random(problem, tokens, inputs),
-        _random(problem, outputs, inputs),
-        None,
-        layout.index,
-        layout.grid,
-        True,
-    )
+    layout, (tokens, _, inputs) = _layout(problem), problem.sizes
+    return _random(problem, tokens, inputs), _masked(problem, layout), None, layout.index, layout.grid, True
 
 
 def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
-    return _random(problem, tokens, outputs), _random(problem, outputs, inputs), layout.index, layout.grid, True
+    layout, (tokens, outputs, _) = _layout(problem), problem.sizes
+    return _random(problem, tokens, outputs), _masked(problem, layout), layout.index, layout.grid, True
 
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    (tokens, outputs, inputs), layout = problem.sizes, _layout(problem)
+    layout, (tokens, outputs, inputs) = _layout(problem), problem.sizes
     return _random(problem, tokens, outputs), _random(problem, tokens, inputs), layout.index, layout.grid, False
 
 

@@ -117,7 +117,12 @@ def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMP
     selection = NMSelection.transposable(weight) if transposable else NMSelection.largest(weight, pattern)
     if compressed:
         return selection.compress(weight), None, selection.columns_GP, pattern
-    return weight, selection.mask_GK, selection.columns_GP if pattern.vector > 1 else None, pattern
+    return (
+        torch.where(selection.mask(), weight, 0),
+        selection.mask_GK,
+        selection.columns_GP if pattern.vector > 1 else None,
+        pattern,
+    )
 
 
 # Times are kept of the case that is best for dense: a whole weight that needs no masking, no bias.

@@ -1,0 +1,229 @@
+"""Sparse linear layers over dense ones: block-sparse and vector n:m products, sparsifying, and the dispatcher."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from sparsetrain_kernels import NMLinear, NMPattern, NMSelection, WeightBlocks, block_sparse_linear, nm_linear
+from sparsetrain_kernels.block_sparse_linear import implementations as block_implementations
+from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+from sparsetrain_kernels.nm_linear import implementations as nm_implementations
+from sparsetrain_kernels.nm_linear import sparsify_2_4
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.measure import interleave
+from bench.registry import AtLeast, AtMost, Bench, Row, Unavailable, case
+
+_SIZE = 2048
+_DTYPES = (torch.float32, torch.bfloat16)
+_BLOCK_TARGETS = {  # of the output, by living blocks of 16 in a row
+    (torch.float32, 4): 3.2,
+    (torch.float32, 2): 6.0,
+    (torch.bfloat16, 4): 2.8,
+    (torch.bfloat16, 2): 5.8,
+}
+_RANDOM_SHAPES = 200
+
+
+@case("block_sparse_linear", "block-sparse linear 2048³ over dense torch: output, both gradients, whole layer")
+def block_sparse(bench: Bench) -> Iterator[Row]:
+    for dtype in _DTYPES:
+        for block, living in ((128, 4), (128, 2), (64, 8)):
+            density = living * block / _SIZE
+            target = AtLeast(_BLOCK_TARGETS[dtype, living]) if block == 128 else None
+            for operation in _BLOCK_OPERATIONS:
+                problem = _problem(operation, f"{block}x{block}", dtype, density)
+                yield _product(
+                    bench, operation, problem, "gather", target if operation is _BLOCK_OPERATIONS[0] else None
+                )
+    for dtype in _DTYPES:
+        for block in (64, 128):
+            layout = _random_blocks(block, 0.25)
+            x, weight = _leaf(_SIZE, _SIZE, dtype=dtype), _leaf(_SIZE, _SIZE, dtype=dtype)
+            yield bench.compare(
+                f"block[{block},{block}] 75 %, forward and backward, {_name(dtype)}",
+                ours=_step(partial(block_sparse_linear, x, weight, layout, zeroed=True), x, weight),
+                peer=_step(partial(F.linear, x, weight), x, weight),
+                peer_name="dense",
+                target=AtLeast(1.5),
+            )
+
+
+@case(
+    "nm_linear", "vector n:m linear 2048³ over dense torch: output, both gradients, whole layer; few tokens, compressed"
+)
+def nm(bench: Bench) -> Iterator[Row]:
+    for dtype in _DTYPES:
+        for pattern in (NMPattern(1, 4, 64), NMPattern(1, 4, 128), NMPattern(1, 8, 64)):
+            for operation in _NM_OPERATIONS:
+                yield _product(
+                    bench, operation, _problem(operation, str(pattern), dtype, pattern.density), "gather", None
+                )
+    for dtype in _DTYPES:
+        x, weight = _leaf(_SIZE, _SIZE, dtype=dtype), _leaf(_SIZE, _SIZE, dtype=dtype)
+        selection = NMSelection.largest(weight, NMPattern(1, 4, 64))
+        yield bench.compare(
+            f"vector 1:4, forward and backward, {_name(dtype)}",
+            ours=_step(partial(nm_linear, x, weight, selection, zeroed=True), x, weight),
+            peer=_step(partial(F.linear, x, weight), x, weight),
+            peer_name="dense",
+            target=AtLeast(1.5),
+        )
+        for tokens in (4, 16):
+            sparse = NMSelection.largest(weight, NMPattern(1, 16))
+            values, few = sparse.compress(weight).detach(), x[:tokens].detach()
+            yield bench.compare(
+                f"compressed 1:16, {tokens} tokens, {_name(dtype)}",
+                ours=partial(nm_linear, few, values, sparse),
+                peer=partial(F.linear, few, weight.detach()),
+                peer_name="dense weight",
+            )
+
+
+@case("sparsify_2_4", "2:4 mask and compressed form of a 4096 x 4096 matrix over torch's own")
+def sparsify(bench: Bench) -> Iterator[Row]:
+    from torch.ao.pruning import WeightNormSparsifier
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    linear = torch.nn.Linear(4096, 4096, bias=False)
+    weight = linear.weight.detach().clone()
+
+    def theirs() -> object:
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+        model = torch.nn.Sequential(linear)
+        sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, 4), zeros_per_block=2)
+        sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
+        sparsifier.step()
+        sparsifier.squash_mask()
+        return sparse_semi_structured_from_dense_cutlass(linear.weight.detach())
+
+    yield bench.compare(
+        "2:4 mask and compress",
+        ours=lambda: sparsify_2_4(weight),
+        peer=theirs,
+        peer_name="WeightNormSparsifier, from_dense",
+        target=AtLeast(1.0),
+        warmup=1,
+    )
+    layer = NMLinear(4096, 4096, "2:4")
+    yield bench.compare(
+        "2:4 mask",
+        ours=layer.refresh,
+        peer=lambda: weight.view(-1, 4).abs().topk(2, 1),
+        peer_name="topk of each four",
+        target=AtLeast(1.0),
+        warmup=1,
+    )
+
+
+@case("dispatch", "the dispatcher's choices over dense on 200 random shapes, and what choosing costs a call")
+def dispatch(bench: Bench) -> Iterator[Row]:
+    random = np.random.default_rng(0)
+    for dtype in _DTYPES:
+        drawn = 10 if bench.quick else _RANDOM_SHAPES // len(_DTYPES)
+        rows = [row for _ in range(drawn) if (row := _choice_over_dense(random, dtype)) is not None]
+        if not rows:
+            raise Unavailable(f"no table of this hardware prefers anything to dense in {_name(dtype)}; tune first")
+        figures = [row.figure for row in rows]
+        note = (
+            f"{len(rows)} of {drawn} choices were not dense; median gain {np.median([f.median for f in figures]):.2f}x"
+        )
+        worst = rows[int(np.argmin([figure.high for figure in figures]))]
+        yield replace(worst, name=f"worst choice, {_name(dtype)}: {worst.name}", note=note)
+    yield _overhead(bench)
+
+
+def _choice_over_dense(random: np.random.Generator, dtype: torch.dtype) -> Row | None:
+    """What the dispatcher chooses for a random problem against dense; None where it chooses dense itself."""
+    operation, problem = _random_problem(random, dtype)
+    choice = operation.choose("cpu", dtype, problem.variant, problem.sizes, problem.density)
+    if choice.implementation == DENSE:
+        return None
+    ours, dense = _runs(operation, problem, choice.implementation)
+    sizes = "x".join(map(str, problem.sizes))
+    name = f"{operation.name} [{problem.variant}] {sizes}, density {problem.density:.2g}"
+    return Row(name, *interleave(ours, dense, pairs=7, warmup=1), DENSE, AtLeast(0.98))
+
+
+_BLOCK_OPERATIONS = (
+    block_implementations.OUTPUT,
+    block_implementations.INPUT_GRADIENT,
+    block_implementations.WEIGHT_GRADIENT,
+)
+_NM_OPERATIONS = (nm_implementations.OUTPUT, nm_implementations.INPUT_GRADIENT, nm_implementations.WEIGHT_GRADIENT)
+
+
+def _product(bench: Bench, operation: Operation, problem: Problem, implementation: str, target: AtLeast | None) -> Row:
+    ours, dense = _runs(operation, problem, implementation)
+    zeros = f"{100 * (1 - problem.density):g} %"
+    name = f"{operation.name} [{problem.variant}] {zeros}, {_name(problem.dtype)}"
+    return bench.compare(name, ours=ours, peer=dense, peer_name=DENSE, target=target)
+
+
+def _runs(operation: Operation, problem: Problem, implementation: str) -> list[Callable[[], object]]:
+    """An implementation and the dense one on the same random arguments."""
+    arguments = operation.arguments(problem)
+    return [partial(operation.implementations[name].run, *arguments) for name in (implementation, DENSE)]
+
+
+def _problem(operation: Operation, variant: str, dtype: torch.dtype, density: float) -> Problem:
+    return Problem(operation.name, variant, "cpu", dtype, (_SIZE, _SIZE, _SIZE), density, torch.get_num_threads())
+
+
+def _random_problem(random: np.random.Generator, dtype: torch.dtype) -> tuple[Operation, Problem]:
+    """Sizes between and around those that were measured."""
+    tokens, outputs, inputs = (int(2 ** random.uniform(low, high)) for low, high in ((8, 12), (8, 11.5), (8, 11.5)))
+    if random.random() < 0.5:
+        block = int(random.choice([32, 64, 128]))
+        sizes = tokens, -(-outputs // block) * block, -(-inputs // block) * block
+        operation, variant, density = (
+            random.choice(_BLOCK_OPERATIONS),
+            f"{block}x{block}",
+            float(random.uniform(0.06, 1)),
+        )
+    else:
+        pattern = NMPattern(1, int(random.choice([2, 4, 8])), int(random.choice([64, 128])))
+        sizes = tokens, -(-outputs // pattern.vector) * pattern.vector, -(-inputs // pattern.m) * pattern.m
+        operation, variant, density = random.choice(_NM_OPERATIONS), str(pattern), pattern.density
+    return operation, Problem(operation.name, variant, "cpu", dtype, sizes, density, torch.get_num_threads())
+
+
+def _overhead(bench: Bench) -> Row:
+    """Microseconds that choosing adds to a call."""
+    x, problem, calls = torch.ones(1), ("64x64", (2048, 2048, 2048), 0.25), 1000
+    nothing = Operation("nothing", {DENSE: Implementation(lambda: None)})
+
+    def chosen() -> None:
+        for _ in range(calls):
+            nothing.run(x, problem)
+
+    def bare() -> None:
+        for _ in range(calls):
+            nothing.implementations[DENSE].run()
+
+    pairs = zip(*interleave(chosen, bare, pairs=bench.pairs), strict=True)
+    return Row("choosing, a call", [(a - b) / calls * 1e6 for a, b in pairs], target=AtMost(5), unit="µs")
+
+
+def _random_blocks(block: int, density: float) -> WeightBlocks:
+    scores = torch.rand(_SIZE // block, _SIZE // block, generator=torch.Generator().manual_seed(0))
+    kept = scores.topk(round(density * scores.shape[1]), 1).indices
+    return WeightBlocks.from_mask(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept, True), (block, block))
+
+
+def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def _step(forward: Callable[[], Tensor], *leaves: Tensor) -> Callable[[], object]:
+    """A forward and backward pass."""
+    dy = torch.randn_like(forward())
+    return lambda: torch.autograd.grad(forward(), leaves, dy)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
