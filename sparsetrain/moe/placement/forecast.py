@@ -40,6 +40,11 @@ class LoadForecast:
         self._loads.append(load)
 
     @property
+    def loads(self) -> list[FloatArray]:
+        """float64 [L, E] of each step in the window, the oldest first."""
+        return list(self._loads)
+
+    @property
     def mean_LE(self) -> FloatArray | None:
         """float64 [L, E]; None before the first step, when nothing is known and no replica can be worth moving."""
         if not self._loads:
