@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
         self.loss_weights = LossWeights(aux_loss, z_loss, aux_scope)
         self.loss_weights.check(router)
         self.router = router
-        self.experts = Experts(spec, num_experts)
+        self.experts: nn.Module = Experts(spec, num_experts)
         self.shared = FeedForward(dim, shared_experts * ffn_dim, activation, bias) if shared_experts else None
         self.load = LoadMeter(num_experts)
         """Counts the tokens of forward passes with gradients, each once; `take` it after every optimizer step."""

@@ -17,24 +17,25 @@ def global_grad_norm(shards: Sequence[WeightShard]) -> Tensor:
     Collective over every group of the shards: all their ranks must call it with the same weights.
 
     Returns:
-        0-d float32 tensor, the same on all ranks; 0 where nothing has a gradient.
+        0-d float32 tensor (float64 for a float64 model), the same on all ranks; 0 where nothing has a gradient.
     """
     by_group: dict[ProcessGroup | None, list[Tensor]] = defaultdict(list)
     device = shards[0].local_weight().device if shards else torch.device("cpu")
     for shard in shards:
         grads = by_group[shard.group]  # a rank without gradients must still take part in the sum
-        if (grad := shard.local_grad()) is not None and grad.numel():
+        if shard.local_numel and (grad := shard.local_grad()) is not None:
             grads.append(grad)
+    exact = torch.float64 if shards and shards[0].local_weight().dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=torch.float64, device=device)
     for group, grads in by_group.items():
         squares = torch.zeros((), dtype=torch.float64, device=device)
         if grads:
-            norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+            norms = torch._foreach_norm(grads, 2, dtype=exact)
             squares = torch.stack(list(norms)).double().square().sum()
         if group is not None:
             dist.all_reduce(squares, group=group)
         total = total + squares
-    return total.sqrt().float()
+    return total.sqrt().to(exact)
 
 
 def clip_grads_(shards: Sequence[WeightShard], max_norm: float, norm: Tensor) -> None:
@@ -45,6 +46,6 @@ def clip_grads_(shards: Sequence[WeightShard], max_norm: float, norm: Tensor) ->
         max_norm: Largest norm afterwards.
         norm: 0-d tensor from `global_grad_norm`.
     """
-    grads = [grad for shard in shards if (grad := shard.local_grad()) is not None and grad.numel()]
+    grads = [grad for shard in shards if shard.local_numel and (grad := shard.local_grad()) is not None]
     if grads:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))

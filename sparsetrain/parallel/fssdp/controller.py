@@ -1,0 +1,182 @@
+"""What happens to a model's experts between two steps: load is added up, routers learn of it, new plans are made."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparsetrain.moe import Load, moe_layers
+from sparsetrain.moe.placement.topology import IntArray
+from sparsetrain.parallel.fssdp.experts import ShardedExperts
+from sparsetrain.parallel.fssdp.runtime import Runtime
+from sparsetrain.parallel.fssdp.step_planner import Measured, StepPlanner
+
+
+@dataclass(frozen=True)
+class MoEReport:
+    """What a step asked of the experts, and what was done about it; the same on all ranks."""
+
+    load_LE: list[IntArray]
+    """Assignments to each expert, by MoE layer, over all ranks and micro-batches, dropped ones included."""
+    dropped: int
+    """Assignments that found no room, all layers."""
+    device_imbalance: float
+    """Rows of the fullest rank of an expert group over their mean, the mean over layers; 1 where nothing is spread."""
+    replicas: int
+    """Copies of experts besides their owners' in the next step, all layers and ranks of an expert group."""
+    moved_bytes: int
+    """Bytes of experts (weights, gradients, optimizer state) that came to a rank over the wire, all ranks."""
+    degree: int
+    """Chunks of an exchange in the next step; 1 where nothing is spread."""
+    resharded: bool
+    """Whether experts changed owners after the step."""
+
+    @property
+    def expert_imbalance(self) -> float:
+        """Load of the fullest expert over the mean, in the layer where that is largest."""
+        return max((float(load_E.max() / max(load_E.mean(), 1.0)) for load_E in self.load_LE), default=1.0)
+
+
+class MoEController:
+    """Follows an optimizer's steps and looks after the experts in between.
+
+    After every step the load of all MoE layers is summed over the data-parallel ranks. Routers get it (loss-free
+    biases, schedules); where experts are spread over ranks, the next step's replicas and chunks are planned from it,
+    and every so many steps experts change owners. It works for models on one device, too.
+
+        model = parallelize(model, experts="fssdp")
+        optimizer = torch.optim.AdamW(model.parameters())
+        controller = MoEController(model, optimizer)
+
+    Collective over the data-parallel ranks, to make and at every step.
+
+    Args:
+        model: Plain or parallelized, wrapped or not.
+        optimizer: Whose steps to follow, and whose state moves with experts. None: call `after_step` after each.
+        group: The data-parallel ranks of a model whose experts are not spread; default: all there are.
+        total_steps: Of the training, for routers with a schedule.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self._layers = [layer for _, layer in moe_layers(model)]
+        self._planners = [StepPlanner(runtime) for runtime in runtimes_of(model)]
+        self._groups = self._ranks(group)
+        self._optimizer, self._total_steps = optimizer, total_steps
+        self._handles: list[RemovableHandle] = []
+        self.step = 0
+        """Steps followed."""
+        self.report: MoEReport | None = None
+        """Of the latest."""
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_post_hook(lambda *_: self._follow()))
+        self._began = time.perf_counter()
+
+    def detach(self) -> None:
+        """Stop following the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def after_step(self) -> MoEReport:
+        """Look after the experts."""
+        self.step += 1
+        loads, measured = self._sum_over_ranks()
+        for layer, load in zip(self._layers, loads, strict=True):
+            layer.router.after_step(load.counts_E.to(_device_of(layer)))
+            if self._total_steps:
+                layer.router.set_progress(self.step / self._total_steps)
+        load_LE = [load.counts_E.numpy() for load in loads]
+        resharded = False
+        for planner, total in zip(self._planners, measured, strict=True):
+            resharded |= planner.plan(np.stack(self._of(planner, load_LE)), total, self._optimizer)
+        runtimes = [planner.runtime for planner in self._planners]
+        calls = sum(total.calls for total in measured)
+        self.report = MoEReport(
+            load_LE=load_LE,
+            dropped=sum(int(load.dropped) for load in loads),
+            device_imbalance=sum(total.imbalance for total in measured) / calls if calls else 1.0,
+            replicas=sum(placement.num_replicas for runtime in runtimes for placement in runtime.placements),
+            moved_bytes=sum(int(total.moved_bytes) for total in measured),
+            degree=max((runtime.degree for runtime in runtimes), default=1),
+            resharded=resharded,
+        )
+        self._began = time.perf_counter()
+        return self.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next steps depend on besides weights: plain values and tensors, the same on all ranks."""
+        return {"step": self.step, "planners": [planner.state_dict() for planner in self._planners]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; experts change owners, so load weights afterwards. Collective.
+
+        The state of a model whose experts were not spread, or were in other groups, leaves owners as they are.
+        """
+        self.step = state["step"]
+        if len(state["planners"]) == len(self._planners):
+            for planner, saved in zip(self._planners, state["planners"], strict=True):
+                planner.load_state_dict(saved, self._optimizer)
+
+    def _follow(self) -> None:
+        self.after_step()
+
+    def _ranks(self, group: ProcessGroup | None) -> list[ProcessGroup]:
+        """Groups over which sums, one after the other, are sums over all data-parallel ranks."""
+        if self._planners:
+            groups = self._planners[0].runtime.store.groups
+            return [g for g in (groups.experts, groups.replicate) if g is not None and dist.get_world_size(g) > 1]
+        if group is None and dist.is_initialized():
+            group = dist.group.WORLD
+        return [group] if group is not None and dist.get_world_size(group) > 1 else []
+
+    def _sum_over_ranks(self) -> tuple[list[Load], list[Measured]]:
+        """Everything that ranks must agree on, in one vector: exact, as counts stay far below 2^53."""
+        step_s = time.perf_counter() - self._began
+        loads = [layer.load.take().values for layer in self._layers]
+        measured = [torch.tensor(planner.measure(step_s).values, dtype=torch.float64) for planner in self._planners]
+        parts = [*(load.double().cpu() for load in loads), *measured]
+        total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        if self._groups:
+            shared = total.to(_device_of(self._layers[0]) if self._layers else "cpu")
+            for group in self._groups:
+                dist.all_reduce(shared, group=group)
+            total = shared.cpu()
+        pieces = torch.split(total, [len(part) for part in parts])
+        sums = [Load(piece.round().long()) for piece in pieces[: len(loads)]]
+        return sums, [Measured(*piece.tolist()) for piece in pieces[len(loads) :]]
+
+    def _of(self, planner: StepPlanner, load_LE: list[IntArray]) -> list[IntArray]:
+        """The loads of the layers of a planner's store, in the store's order."""
+        mine = {}
+        for layer, load_E in zip(self._layers, load_LE, strict=True):
+            if isinstance(layer.experts, ShardedExperts) and layer.experts.runtime is planner.runtime:
+                mine[layer.experts.layer] = load_E
+        return [mine[at] for at in sorted(mine)]
+
+
+def runtimes_of(model: nn.Module) -> list[Runtime]:
+    """The runtimes of a parallelized model's experts, one a store, in the model's order."""
+    found: dict[int, Runtime] = {}
+    for _, layer in moe_layers(model):
+        if isinstance(layer.experts, ShardedExperts):
+            found.setdefault(id(layer.experts.runtime), layer.experts.runtime)
+    return list(found.values())
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters(), torch.empty(0)).device

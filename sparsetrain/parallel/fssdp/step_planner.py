@@ -1,0 +1,199 @@
+"""Plans for the next step of one store's layers, from the load and the costs of the steps before.
+
+Everything here is a function of numbers that were summed over all ranks, so every rank comes to the same plans.
+
+Shapes: L layers of the store, E experts, D ranks of an expert group.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from sparsetrain.moe.placement import CostModel, LoadForecast, Placement, dispatch, materialise_layers, reshard_owners
+from sparsetrain.moe.placement.topology import FloatArray, IntArray
+from sparsetrain.parallel.fssdp.adaptivity import Trial
+from sparsetrain.parallel.fssdp.runtime import Runtime
+from sparsetrain.parallel.fssdp.store import Traffic
+
+_DEGREES = (1, 2, 4)
+_CALIBRATED_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step came to on one rank, or on all together: fields add up."""
+
+    expert_s: float = 0.0
+    """Seconds in experts."""
+    rows: float = 0.0
+    """Rows that they were given, those of the forward and the backward pass counted apart."""
+    layer_s: float = 0.0
+    """Seconds from when rows set out until they were back."""
+    step_s: float = 0.0
+    """Seconds since the step before."""
+    calls: float = 0.0
+    """Forward passes of layers."""
+    imbalance: float = 0.0
+    """Rows of the fullest rank over the mean, summed over calls."""
+    moved_bytes: float = 0.0
+    """Bytes of experts that came here."""
+    ranks: float = 1.0
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All fields, in order."""
+        return astuple(self)
+
+
+class StepPlanner:
+    """Decides for the layers of one store. Collective when it is made: it times a transfer between ranks.
+
+    Args:
+        runtime: Whose plans to make.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self._options = runtime, runtime.options
+        spec = runtime.store.spec
+        self._forecast = LoadForecast(self._options.forecast_steps)
+        self._since_resharding: FloatArray | None = None
+        self._steps_since = 0
+        self._byte_s = _seconds_per_byte(runtime) if runtime.store.groups.size > 1 else 0.0
+        self._replica_bytes = spec.numel * runtime.store.stack("w_in").element_size()
+        fixed = isinstance(self._options.pipeline, int) or runtime.store.groups.size == 1
+        self._degree = Trial((runtime.degree,) if fixed else _DEGREES)
+
+    def measure(self, step_s: float) -> Measured:
+        """What this rank measured since it was last asked."""
+        runtime = self.runtime
+        expert_s, rows = runtime.expert_watch.take()
+        layer_s, _ = runtime.layer_watch.take()
+        calls, imbalance = runtime.take_calls()
+        traffic, runtime.store.traffic = runtime.store.traffic, Traffic()
+        moved = traffic.gathered + traffic.reduced + traffic.moved
+        return Measured(expert_s, rows, layer_s, step_s, calls, imbalance, moved)
+
+    def plan(self, load_LE: IntArray, total: Measured, optimizer: Optimizer | None) -> bool:
+        """Make the next step's plans; collective.
+
+        Args:
+            load_LE: int64, assignments to each expert in the step, over all ranks.
+            total: What all ranks measured, added up.
+            optimizer: Whose state moves with experts.
+
+        Returns:
+            Whether experts have changed owners.
+        """
+        if total.rows:
+            self._degree.observe(total.layer_s / total.rows)
+            self.runtime.degree = self._degree.chosen
+        if not self.runtime.replicates:
+            return False
+        self._forecast.update(load_LE)
+        before = np.zeros(load_LE.shape) if self._since_resharding is None else self._since_resharding
+        self._since_resharding = load_LE.astype(np.float64) + before
+        self._steps_since += 1
+        resharded = self._reshard_if_due(optimizer)
+        self.runtime.cost = self._cost(total)
+        self._place(total)
+        return resharded
+
+    def state_dict(self) -> dict[str, Any]:
+        """Owners, and what plans are made from; plain values and tensors."""
+        loads = [torch.from_numpy(load_LE) for load_LE in self._forecast.loads]
+        since = None if self._since_resharding is None else torch.from_numpy(self._since_resharding)
+        owners = torch.from_numpy(self.runtime.store.owners_LE)
+        return {"owners": owners, "forecast": loads, "since": since, "steps_since": self._steps_since}
+
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer | None) -> None:
+        """Go on from `state_dict`, of which a number of ranks other than then keeps the loads alone; collective."""
+        for load_LE in state["forecast"]:
+            self._forecast.update(load_LE.numpy())
+        self._since_resharding = None if state["since"] is None else state["since"].numpy()
+        self._steps_since = state["steps_since"]
+        owners_LE = state["owners"].numpy()
+        store = self.runtime.store
+        before, after = (np.bincount(o.ravel(), minlength=store.groups.size) for o in (store.owners_LE, owners_LE))
+        if np.array_equal(before, after):
+            store.reshard(owners_LE, optimizer)
+        self._place(Measured())
+
+    def _reshard_if_due(self, optimizer: Optimizer | None) -> bool:
+        every, store = self._options.reshard_every_steps, self.runtime.store
+        if not every or self._steps_since < every or self._since_resharding is None:
+            return False
+        owners_LE = reshard_owners(
+            self._since_resharding / self._steps_since, store.owners_LE, self.runtime.topology,
+            slots=self._options.spare_slots, hot=self._options.hot_experts, method=self._options.placement,
+        )  # fmt: skip
+        self._since_resharding, self._steps_since = None, 0
+        if np.array_equal(owners_LE, store.owners_LE):
+            return False
+        store.reshard(owners_LE, optimizer)
+        return True
+
+    def _cost(self, total: Measured) -> CostModel | None:
+        if not total.rows or not total.calls:
+            return None
+        return CostModel(
+            row_s=2 * total.expert_s / total.rows,
+            expert_bytes=self._replica_bytes,
+            byte_s=self._byte_s,
+            free_s=max(0.0, total.step_s - total.layer_s) / total.calls,
+        )
+
+    def _place(self, total: Measured) -> None:
+        """Replicas of the next step, in the layers where they are worth their transfers."""
+        store, topology, mean_LE = self.runtime.store, self.runtime.topology, self._forecast.mean_LE
+        owned = [Placement.of_owners(owner_E, topology.num_devices) for owner_E in store.owners_LE]
+        if mean_LE is None or not self._options.spare_slots:
+            self.runtime.placements = owned
+            return
+        placements = materialise_layers(
+            mean_LE, store.owners_LE, topology,
+            slots=self._options.spare_slots, hot=self._options.hot_experts, method=self._options.placement,
+        )  # fmt: skip
+        passes = max(1.0, total.calls / total.ranks / store.num_layers)  # of a layer in a step
+        self.runtime.placements = [
+            placement if self._pays(load_E / passes, alone, placement) else alone
+            for load_E, alone, placement in zip(mean_LE, owned, placements, strict=True)
+        ]
+
+    def _pays(self, load_E: FloatArray, alone: Placement, placement: Placement) -> bool:
+        """Whether a layer is faster with the replicas than without, tokens coming evenly from all ranks."""
+        cost, num_devices = self.runtime.cost, self.runtime.topology.num_devices
+        if cost is None or placement == alone:
+            return True
+        counts_SE = np.tile(np.rint(load_E / num_devices).astype(np.int64), (num_devices, 1))
+        rows = [
+            float(dispatch(counts_SE, held, self.runtime.topology, method=self._options.dispatch).load_D.max())
+            for held in (alone, placement)
+        ]
+        most = int((placement.holders_ED.sum(axis=0) - alone.holders_ED.sum(axis=0)).max())
+        return cost.layer_s(rows[1], most) < cost.layer_s(rows[0], 0)
+
+
+def _seconds_per_byte(runtime: Runtime) -> float:
+    """Seconds to move a byte into a rank while all ranks move some: the fastest of a few tries; collective."""
+    group, size = runtime.store.groups.parameters, runtime.store.groups.size
+    device = runtime.store.stack("w_in").device
+    sent = torch.zeros(_CALIBRATED_BYTES // size * size, dtype=torch.uint8, device=device)
+    received, fastest = torch.empty_like(sent), float("inf")
+    for _ in range(3):
+        dist.barrier(group)
+        began = time.perf_counter()
+        dist.all_to_all_single(received, sent, group=group)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    mean = torch.tensor(fastest, dtype=torch.float64, device=device)
+    dist.all_reduce(mean, group=group)
+    if runtime.store.groups.replicate is not None:
+        dist.all_reduce(mean, group=runtime.store.groups.replicate)
+    return float(mean) / runtime.store.groups.world_size / (sent.numel() * (size - 1) / size)

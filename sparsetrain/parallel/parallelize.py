@@ -1,0 +1,137 @@
+"""Parallelism for any module that holds MoELayers, applied from outside."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsetrain.config.experts import FssdpConfig
+from sparsetrain.errors import ShardingError
+from sparsetrain.moe import Experts, ExpertSpec, MoELayer, moe_layers
+from sparsetrain.moe.placement import own_evenly
+from sparsetrain.parallel.fssdp.experts import ShardedExperts
+from sparsetrain.parallel.fssdp.groups import ExpertGroups
+from sparsetrain.parallel.fssdp.runtime import Runtime
+from sparsetrain.parallel.fssdp.store import ExpertStore, store_parameters
+
+ExpertParallelism = Literal["ep", "fssdp"]
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None = None,
+    *,
+    experts: ExpertParallelism | None,
+    shard: Literal["ddp", "full"] | None = "ddp",
+    layers: Iterable[nn.Module] = (),
+    options: FssdpConfig | None = None,
+) -> nn.Module:
+    """Spread a model's experts over ranks, and replicate or shard the rest; gradients come out averaged over all ranks.
+
+    Collective over the mesh. Build the optimizer afterwards, on the parameters of what is returned.
+
+    Args:
+        model: On its device; where ranks differ, the first rank's weights count (for shard="full" they must agree).
+        mesh: Of one dimension: its ranks share the experts. Of two, [replicate, experts]: those of each row do, and the
+            rows are copies. None: all ranks share them.
+        experts: ep: each expert on its owner alone. fssdp: replicas of hot experts besides, and owners that change.
+            None: experts are treated as any other weight.
+        shard: What becomes of the rest: ddp replicates it, full shards it (`fully_shard`); None leaves it alone, for
+            a wrapper of your own, which must ignore `store_parameters(model)`.
+        layers: Submodules that shard="full" gathers and frees one at a time; default: the whole at once.
+        options: Of fssdp, and for ep those of the exchange; default `FssdpConfig()`.
+
+    Returns:
+        The module to call.
+
+    Raises:
+        ShardingError: The mesh does not fit, or the model has no MoELayers, or has been parallelized before.
+        PlacementError: An expert group has more ranks than a layer has experts.
+    """
+    mesh = mesh or init_device_mesh(_device_of(model).type, (dist.get_world_size(),))
+    if experts is not None:
+        parallelize_experts(model, ExpertGroups.of_mesh(mesh), experts, options or FssdpConfig())
+    if shard == "full":
+        ignored = set(store_parameters(model).values())
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
+        return model
+    if shard == "ddp" and mesh.size() > 1:
+        ignore_stores(model)
+        if mesh.size() < dist.get_world_size():
+            raise ShardingError("a mesh of some of the ranks: pass shard=None and wrap the model yourself")
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+def parallelize_experts(
+    model: nn.Module, groups: ExpertGroups, kind: ExpertParallelism, options: FssdpConfig
+) -> list[Runtime]:
+    """Replace the experts of every MoELayer by ones spread over ranks; nothing else changes.
+
+    The owned experts of all layers of one shape become the rows of one `ExpertStore`, which the model gets as a
+    submodule. Weights on the meta device stay there, to be materialised and initialised through their shards.
+
+    Raises:
+        ShardingError: The model has no MoELayers, or has been parallelized before.
+        PlacementError: An expert group has more ranks than a layer has experts.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise ShardingError(f'experts="{kind}": {type(model).__name__} holds no MoELayer; pass experts=None')
+    runtimes = []
+    for index, ((spec, num_experts), members) in enumerate(_by_shape(layers, kind).items()):
+        paths = [f"{path}.experts" if path else "experts" for path, _, _ in members]
+        first = members[0][2].w_in
+        store = ExpertStore(
+            spec, paths, num_experts, own_evenly(len(members), num_experts, groups.size), groups,
+            device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+        runtime = Runtime(store, options, replicates=kind == "fssdp")
+        for at, (_, layer, experts) in enumerate(members):
+            store.adopt(at, experts)
+            layer.experts = ShardedExperts(runtime, at)
+        model.add_module(f"expert_store_{index}", store)
+        model.register_forward_pre_hook(lambda *_, runtime=runtime: runtime.begin_forward())
+        runtimes.append(runtime)
+    return runtimes
+
+
+def ignore_stores(model: nn.Module) -> None:
+    """Have DDP leave the expert stores of a model alone; call it before wrapping the model."""
+    names = list(store_parameters(model))
+    if names:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
+
+
+def set_gradient_sync(model: nn.Module, on: bool) -> None:
+    """Switch the averaging of expert gradients over expert groups on or off, as DDP's `no_sync` does for the rest.
+
+    Off for all micro-batches of a step but the last.
+    """
+    for module in model.modules():
+        if isinstance(module, ExpertStore):
+            module.requires_gradient_sync = on
+
+
+def _by_shape(
+    layers: list[tuple[str, MoELayer]], kind: str
+) -> dict[tuple[ExpertSpec, int], list[tuple[str, MoELayer, Experts]]]:
+    """Layers whose experts can share a store, in the order of the model."""
+    shapes: dict[tuple[ExpertSpec, int], list[tuple[str, MoELayer, Experts]]] = defaultdict(list)
+    for path, layer in layers:
+        if not isinstance(layer.experts, Experts):
+            raise ShardingError(f'experts="{kind}": the experts of {path or "the layer"} are spread over ranks already')
+        shapes[layer.experts.spec, layer.experts.num_experts].append((path, layer, layer.experts))
+    return shapes
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
