@@ -79,14 +79,26 @@ def test_an_implementation_that_lost_at_any_near_problem_is_not_chosen(operation
 
 
 def test_a_choice_says_both_times_scaled_to_the_problem(operation: Operation) -> None:
-    choice = chosen(operation, problem((2048, 512, 256)), {problem(): times(dense=10, fast=4)})
+    choice = chosen(operation, problem((2048, 512, 256), density=0.2), {problem(): times(dense=10, fast=4)})
     assert (choice.seconds, choice.dense_seconds) == (pytest.approx(0.008), pytest.approx(0.020))
     assert "fast (expected 8 ms, dense 20 ms, by 1024x512x256 at density 0.25" in str(choice)
     assert dispatch.choices() == [choice]
 
 
-def test_a_density_of_zero_is_near_only_itself(operation: Operation) -> None:
-    assert chosen(operation, problem(density=0.0), {problem(): times(dense=10, fast=1)}).implementation == DENSE
+def test_what_is_sparser_is_judged_by_what_was_measured_at_the_next_density(operation: Operation) -> None:
+    measured = {
+        problem(density=0.125): times(dense=10, fast=1),
+        problem(density=0.25): times(dense=10, fast=4),
+        problem(density=0.5): times(dense=10, fast=11),
+    }
+    expected = {0.0: "fast", 0.125: "fast", 0.2: "fast", 0.25: "fast", 0.3: DENSE, 0.5: DENSE, 0.6: DENSE}
+    found = {density: chosen(operation, problem(density=density), measured) for density in expected}
+    assert {density: choice.implementation for density, choice in found.items()} == expected
+    assert found[0.2].seconds == pytest.approx(0.004)
+
+
+def test_no_tokens_are_near_nothing(operation: Operation) -> None:
+    assert chosen(operation, problem((0, 512, 256)), {problem(): times(dense=10, fast=1)}).implementation == DENSE
 
 
 def test_running_follows_the_choice_until_forced(operation: Operation) -> None:

@@ -1,8 +1,8 @@
 """Measured times of every implementation at every measured problem, and the rule that reads them.
 
-The rule. Of the problems measured within a factor of two in every size, in density and in threads, take those at the
-least distance; an implementation qualifies when it beat dense by the margin at all problems within the factor of two,
-and the fastest qualified one at the nearest problem is chosen. Where nothing was measured that near, dense is chosen.
+The rule. Of the problems measured within a factor of two in every size and in threads, and at the least density that is
+not below the wanted one (what is sparser only gains more), an implementation qualifies when it beat dense by the margin
+at all of them, and the fastest qualified one at the nearest is chosen. Where nothing was measured so, dense is chosen.
 """
 
 import csv
@@ -72,20 +72,25 @@ class Table:
 
     def choose(self, problem: Problem, candidates: Iterable[str]) -> Choice:
         """Apply the rule above to the implementations that can run here."""
-        near = sorted((distance(problem, other), other) for other in self.times if _comparable(problem, other))
-        near = [(gap, other) for gap, other in near if gap <= NEAR]
+        near = self._near(problem)
         if not near:
             return Choice(problem, DENSE, f"nothing was measured near this problem on {self.hardware}")
-        nearest = self.times[near[0][1]]
-        qualified = {
-            name: nearest[name]
-            for name in candidates
-            if all(self.times[other].get(name, float("inf")) * MARGIN <= self.times[other][DENSE] for _, other in near)
-        }
-        best = min(qualified, key=lambda name: qualified[name], default=DENSE)
-        scale = work(problem) / work(near[0][1])
-        seconds, dense_seconds = nearest[best] * scale, nearest[DENSE] * scale
-        return Choice(problem, best, _reason(nearest, best, near[0][1], scale), seconds, dense_seconds)
+        nearest = min(near, key=lambda other: distance(problem, other))
+        times = self.times[nearest]
+        qualified = [name for name in candidates if all(_beats_dense(self.times[other], name) for other in near)]
+        best = min(qualified, key=lambda name: times[name], default=DENSE)
+        scale = work(problem) / work(nearest)
+        reason = _reason(times, best, nearest, scale)
+        return Choice(problem, best, reason, times[best] * scale, times[DENSE] * scale)
+
+    def _near(self, problem: Problem) -> list[Problem]:
+        near = [
+            other
+            for other in self.times
+            if _comparable(problem, other) and other.density >= problem.density and distance(problem, other) <= NEAR
+        ]
+        least = min((other.density for other in near), default=0.0)
+        return [other for other in near if other.density == least]
 
     def write(self, path: Path) -> None:
         """Write the table as CSV."""
@@ -133,8 +138,8 @@ def load_table(hardware: str, device: str) -> Table:
 
 
 def distance(one: Problem, other: Problem) -> float:
-    """log2 of the largest factor between two problems in any size, density or number of threads."""
-    pairs = zip((*one.sizes, one.density, one.threads), (*other.sizes, other.density, other.threads), strict=True)
+    """log2 of the largest factor between two problems in any size or in threads."""
+    pairs = zip((*one.sizes, one.threads), (*other.sizes, other.threads), strict=True)
     return max(abs(log2(a / b)) if a and b else (0.0 if a == b else float("inf")) for a, b in pairs)
 
 
@@ -145,6 +150,10 @@ def work(problem: Problem) -> float:
 
 def _comparable(one: Problem, other: Problem) -> bool:
     return one[:4] == other[:4] and len(one.sizes) == len(other.sizes)
+
+
+def _beats_dense(times: Mapping[str, float], name: str) -> bool:
+    return times.get(name, float("inf")) * MARGIN <= times[DENSE]
 
 
 def _reason(times: Mapping[str, float], best: str, measured: Problem, scale: float) -> str:
