@@ -98,6 +98,21 @@ def test_kernels_of_every_tile_equal_the_masked_weights(n: int, m: int, vector: 
 
 
 @ON_BOTH
+@pytest.mark.parametrize("tokens", [1, 3, 11])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_few_tokens_of_compressed_weights_equal_the_masked_weights(
+    dtype: torch.dtype, tokens: int, device: str
+) -> None:
+    weight, bias = (random(*shape, seed=0, dtype=dtype, device=device) for shape in ((35, 30), (35,)))
+    selection = NMSelection.largest(weight, NMPattern(2, 5))
+    values, x = selection.compress(weight), random(tokens, 30, seed=1, dtype=dtype, device=device)
+    with OUTPUT.force("triton_of_few"), fresh_memory_is_nan():
+        found = nm_linear(x, values, selection, bias)
+    expected = reference.nm_linear(x.double(), values.double(), selection, bias.double())
+    assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
+
+
+@ON_BOTH
 def test_results_repeat_bitwise(device: str) -> None:
     x, weight = (random(*shape, seed=0, dtype=torch.float32, device=device) for shape in ((70, 16), (64, 16)))
     selection = NMSelection.largest(weight, NMPattern(1, 4, 16))
@@ -141,8 +156,10 @@ from sparsetrain_kernels.nm_linear import triton as kernels
 
 TYPES = {"columns_ptr": "*i32", "total_ptr": "*fp32", "mask_ptr": "*u8", "offsets_ptr": "*u8"}
 products = (kernels._output_kernel, kernels._input_gradient_kernel, kernels._weight_gradient_kernel)
-for kernel in (*products, kernels._sparsify_kernel):
+for kernel in (*products, kernels._sparsify_kernel, kernels._few_tokens_kernel):
     constants = dict(V=64, TILE_T=64, TILE_V=64, TILE_P=32, OWNED=32, PRECISION="ieee", UPCAST=False, TILE=256)
+    if kernel is kernels._few_tokens_kernel:
+        constants |= dict(TILE_T=8, TILE_N=16, TILE_P=64)
     types, given, aligned = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -161,4 +178,6 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     products = [f"{name} True True" for name in ("_output_kernel", "_input_gradient_kernel", "_weight_gradient_kernel")]
-    assert done.stdout.splitlines() == [*products, "_sparsify_kernel True False"], done.stderr
+    assert done.stdout.splitlines() == [*products, "_sparsify_kernel True False", "_few_tokens_kernel True False"], (
+        done.stderr
+    )

@@ -23,7 +23,7 @@ NEAR = 1.0
 """log2 of the largest factor between a problem and a measured one that counts as near."""
 DIRECTORY_VARIABLE = "SPARSETRAIN_DISPATCH_DIR"
 
-_COLUMNS = ("operation", "variant", "dtype", "threads", "sizes", "density", "implementation", "milliseconds")
+_COLUMNS = ("operation", "variant", "dtype", "threads", "sizes", "density", "milliseconds")
 
 
 class Problem(NamedTuple):
@@ -93,16 +93,16 @@ class Table:
         return [other for other in near if other.density == least]
 
     def write(self, path: Path) -> None:
-        """Write the table as CSV."""
+        """Write the table as CSV, with the times of a problem in its last column: "dense=1.2 gather=0.4"."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(_COLUMNS)
             for problem, times in self.times.items():
                 dtype, sizes = str(problem.dtype).removeprefix("torch."), "x".join(map(str, problem.sizes))
-                for name, seconds in times.items():
-                    measured = (dtype, problem.threads, sizes, problem.density, name, f"{seconds * 1e3:.4g}")
-                    writer.writerow((problem.operation, problem.variant, *measured))
+                milliseconds = " ".join(f"{name}={seconds * 1e3:.4g}" for name, seconds in times.items())
+                what = (problem.operation, problem.variant, dtype, problem.threads, sizes, f"{problem.density:.4g}")
+                writer.writerow((*what, milliseconds))
 
     @classmethod
     def read(cls, file: IO[str], hardware: str, device: str) -> "Table":
@@ -118,7 +118,8 @@ class Table:
                 density=float(row["density"]),
                 threads=int(row["threads"]),
             )
-            table.times.setdefault(problem, {})[row["implementation"]] = float(row["milliseconds"]) / 1e3
+            times = (entry.split("=") for entry in row["milliseconds"].split())
+            table.times[problem] = {name: float(milliseconds) / 1e3 for name, milliseconds in times}
         return table
 
 

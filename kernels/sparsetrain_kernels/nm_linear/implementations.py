@@ -70,11 +70,15 @@ def _suits_tensor_cores_transposed(problem: Problem) -> bool:
     return _parse(problem.variant)[2] and _suits_tensor_cores(problem)
 
 
-def _triton(what: str) -> Implementation:
+def _suits_triton_of_few(problem: Problem) -> bool:
+    return _suits_bag(problem) and problem.dtype != torch.float64 and find_spec("triton") is not None
+
+
+def _triton(what: str, suits: Callable[[Problem], bool] = _suits_triton) -> Implementation:
     def run(*arguments: Any) -> Any:
         return getattr(import_module("sparsetrain_kernels.nm_linear.triton"), what)(*arguments)
 
-    return Implementation(run, ("cuda",), _suits_triton)
+    return Implementation(run, ("cuda",), suits)
 
 
 def _problems(operation: str, device: str) -> Iterator[Problem]:
@@ -96,14 +100,13 @@ def _problems(operation: str, device: str) -> Iterator[Problem]:
 def _output_problems(device: str) -> Iterator[Problem]:
     """Those of the other products, and compressed weights with few tokens."""
     yield from _problems("nm_linear.output", device)
-    if device == "cpu":
-        threads = torch.get_num_threads()
-        for dtype, tokens, features, pattern in product(
-            _DTYPES[device], (1, 4, 16), _FEATURES[device], _COMPRESSED_PATTERNS
-        ):
-            variant = variant_of(pattern, compressed=True, transposable=False)
-            sizes = (tokens, features, features)
-            yield Problem("nm_linear.output", variant, device, dtype, sizes, pattern.density, threads)
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    for dtype, tokens, features, pattern in product(
+        _DTYPES[device], (1, 4, 16), _FEATURES[device], _COMPRESSED_PATTERNS
+    ):
+        variant = variant_of(pattern, compressed=True, transposable=False)
+        sizes = (tokens, features, features)
+        yield Problem("nm_linear.output", variant, device, dtype, sizes, pattern.density, threads)
 
 
 def _random(problem: Problem, *shape: int) -> Tensor:
@@ -156,6 +159,7 @@ OUTPUT = Operation(
         "bag": Implementation(bag.output, ("cpu",), _suits_bag),
         "semi_structured": Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores),
         "triton": _triton("output"),
+        "triton_of_few": _triton("output_of_few", _suits_triton_of_few),
     },
     _output_problems,
     _output_arguments,

@@ -1,4 +1,4 @@
-"""Vector n:m on a GPU, and masking and compressing to 2:4 in one pass, in Triton. Deterministic.
+"""Vector n:m on a GPU, compressed n:m for few tokens, and sparsifying to 2:4 in one pass, in Triton. Deterministic.
 
 T tokens, N outputs in G groups of V, K inputs, P = K·n/m kept inputs of a group.
 """
@@ -109,6 +109,34 @@ def weight_gradient(
     return values_NP if compressed else expand(values_NP, columns_GP, x_TK.shape[1], pattern.vector)
 
 
+def output_of_few(
+    x_TK: Tensor,
+    weight: Tensor,
+    bias_N: Tensor | None,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor,
+    pattern: NMPattern,
+    zeroed: bool,
+) -> Tensor:
+    """x Wᵀ + bias [T, N] of compressed values [N, P], each of which is read once for up to 8 tokens."""
+    y_TN = x_TK.new_empty(len(x_TK), len(weight))
+    if y_TN.numel():
+        tile_n = 16
+        tile_t = min(triton.next_power_of_2(len(x_TK)), 8)
+        _few_tokens_kernel[(triton.cdiv(len(weight), tile_n), triton.cdiv(len(x_TK), tile_t))](
+            x_TK,
+            weight,
+            bias_N,
+            columns_GP,
+            y_TN,
+            *(len(x_TK), len(weight), x_TK.shape[1], columns_GP.shape[1]),
+            TILE_T=tile_t,
+            TILE_N=tile_n,
+            TILE_P=64,
+        )
+    return y_TN
+
+
 def sparsify_2_4(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparsify.sparsify_2_4`: the weight is read once, mask, values and offsets are written once."""
     num_outputs, num_inputs = weight_NK.shape
@@ -170,6 +198,38 @@ def _output_kernel(
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n).to(tl.float32)[None, :]
     tl.store(y_ptr + token[:, None] * N + n[None, :], total.to(y_ptr.dtype.element_ty), mask=(token < T)[:, None])
+
+
+@triton.jit
+def _few_tokens_kernel(
+    x_ptr,
+    values_ptr,
+    bias_ptr,
+    columns_ptr,
+    y_ptr,
+    T,
+    N,
+    K,
+    P,
+    TILE_T: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_P: tl.constexpr,
+):
+    """A tile [TILE_T, TILE_N] of y per program, whose outputs each gather inputs of their own; no tensor cores."""
+    n = tl.program_id(0).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+    token = tl.program_id(1).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    total = tl.zeros((TILE_T, TILE_N), dtype=tl.float32)
+    for first in range(0, P, TILE_P):
+        place = first + tl.arange(0, TILE_P)
+        kept = (n < N)[:, None] & (place < P)[None, :]
+        k = tl.load(columns_ptr + n[:, None] * P + place[None, :], mask=kept, other=0)
+        w = tl.load(values_ptr + n[:, None] * P + place[None, :], mask=kept, other=0.0)
+        x = tl.load(x_ptr + token[:, None, None] * K + k[None], mask=(token < T)[:, None, None] & kept[None], other=0.0)
+        total += tl.sum(x.to(tl.float32) * w.to(tl.float32)[None], axis=2)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    exists = (token < T)[:, None] & (n < N)[None, :]
+    tl.store(y_ptr + token[:, None] * N + n[None, :], total.to(y_ptr.dtype.element_ty), mask=exists)
 
 
 @triton.jit
