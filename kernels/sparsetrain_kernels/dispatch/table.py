@@ -101,7 +101,7 @@ class Table:
             for problem, times in self.times.items():
                 dtype, sizes = str(problem.dtype).removeprefix("torch."), "x".join(map(str, problem.sizes))
                 milliseconds = " ".join(f"{name}={seconds * 1e3:.4g}" for name, seconds in times.items())
-                what = (problem.operation, problem.variant, dtype, problem.threads, sizes, f"{problem.density:.4g}")
+                what = (problem.operation, problem.variant, dtype, problem.threads, sizes, problem.density)
                 writer.writerow((*what, milliseconds))
 
     @classmethod
