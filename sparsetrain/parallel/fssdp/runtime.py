@@ -22,10 +22,12 @@ from sparsetrain.errors import PlacementError
 from sparsetrain.moe import Routing
 from sparsetrain.moe.placement import CostModel, Dispatch, Placement, dispatch, materialise
 from sparsetrain.moe.placement.topology import IntArray
+from sparsetrain.parallel.fssdp.agreement import described, raise_mismatch
 from sparsetrain.parallel.fssdp.exchange import Exchange
 from sparsetrain.parallel.fssdp.replicas import LocalExperts, Replicas
 from sparsetrain.parallel.fssdp.stopwatch import Stopwatch
 from sparsetrain.parallel.fssdp.store import ExpertStore
+from sparsetrain.sharding import Move
 
 
 @dataclass(eq=False)
@@ -105,8 +107,8 @@ class Runtime:
     def __init__(self, store: ExpertStore, options: FssdpConfig, *, replicates: bool) -> None:
         self.store, self.options, self.replicates = store, options, replicates
         self.topology = store.groups.topology
-        self.placements = [Placement.of_owners(owner_E, self.topology.num_devices) for owner_E in store.owners_LE]
-        """Who holds what from the next forward pass on."""
+        self.placements = self.owners_alone()
+        """Who holds what from the next forward pass on; owners alone after each move."""
         self.degree = options.pipeline if isinstance(options.pipeline, int) else 1
         """Chunks of an exchange."""
         self.cost: CostModel | None = None
@@ -118,16 +120,19 @@ class Runtime:
         """Of each layer's latest call."""
         self._gathering: dict[int, Replicas] = {}
         self._calls: list[weakref.ref[Call]] = []
-        self._last_fingerprint = 0
+        self._last_plan: tuple[int, Dispatch | None] = (0, None)
         self._num_calls, self._imbalance = 0, 0.0
+        store.on_move(self._follow)
+
+    def owners_alone(self) -> list[Placement]:
+        """Expert parallelism: no replicas."""
+        return [Placement.of_owners(owner_E, self.topology.num_devices) for owner_E in self.store.owners_LE]
 
     # The forward pass
 
     def begin_forward(self) -> None:
         """The model begins a forward pass: have the first layer's replicas on their way."""
-        for replicas in self._gathering.values():
-            replicas.free()  # of an earlier pass that did not come to these layers: their weights may be old
-        self._gathering.clear()
+        self._drop_gathered()  # for an earlier pass that did not come to these layers: their weights may be old
         self._calls = [call for call in self._calls if call() is not None]
         self._gather_ahead(0)
 
@@ -148,7 +153,7 @@ class Runtime:
         if placement.num_replicas:
             replicas = self._replicas(layer, placement, dtype)
         exchange = Exchange.of(plan, self.store.groups.rank, self.degree, routing.token_R.device)
-        self.last_plans[layer], self._last_fingerprint = plan, plan.fingerprint
+        self.last_plans[layer], self._last_plan = plan, (layer, plan)
         self._num_calls += 1
         self._imbalance += float(plan.load_D.max() / max(plan.load_D.mean(), 1e-9)) if counts_SE.any() else 1.0
         counts_E = counts_SE[self.store.groups.rank].tolist()
@@ -195,7 +200,8 @@ class Runtime:
     def _gather_counts(self, layer: int, routing: Routing) -> IntArray:
         """Rows of each rank for each expert, and make sure that ranks plan alike: one collective."""
         groups = self.store.groups
-        prints = [self.placements[layer].fingerprint, self._last_fingerprint]
+        last = self._last_plan[1]
+        prints = [self.placements[layer].fingerprint, 0 if last is None else last.fingerprint]
         own = torch.cat([routing.counts_E, torch.tensor(prints, device=routing.counts_E.device)])
         every = own.new_empty(groups.size, len(own))
         dist.all_gather(list(every.unbind()), own, group=groups.experts)
@@ -207,23 +213,14 @@ class Runtime:
 
     def _stop_for_mismatch(self, layer: int, prints_S2: IntArray) -> None:
         """Name the ranks, the layer and both plans; collective."""
-        in_dispatch = bool((prints_S2[:, 0] == prints_S2[0, 0]).all())
-        last = next(reversed(self.last_plans), layer)
-        where = self.store.layer_paths[last if in_dispatch else layer]
-        own = self.last_plans[last].deliveries.rows_P.tolist() if in_dispatch else self._described(layer)
-        plans: list[object] = [None] * self.store.groups.size
-        dist.all_gather_object(plans, own, group=self.store.groups.experts)
+        group = self.store.groups.experts
         other = int(np.flatnonzero((prints_S2 != prints_S2[0]).any(axis=1))[0])
-        ranks = dist.get_process_group_ranks(self.store.groups.experts)
-        what = "split rows" if in_dispatch else "place experts"
-        raise PlacementError(
-            f"ranks {ranks[0]} and {ranks[other]} {what} of {where} differently: {plans[0]} and {plans[other]}. Plans "
-            "are functions of numbers that all ranks share; make sure that all run the same versions and settings"
-        )
-
-    def _described(self, layer: int) -> list[list[int]]:
-        holders_ED = self.placements[layer].holders_ED
-        return [np.flatnonzero(holders_D).tolist() for holders_D in holders_ED]
+        if (prints_S2[:, 0] != prints_S2[0, 0]).any():
+            path, placement = self.store.layer_paths[layer], self.placements[layer]
+            raise_mismatch(other, lambda: described(placement), group, f"place experts of {path}")
+        last, plan = self._last_plan
+        what = f"split rows of {self.store.layer_paths[last]}"
+        raise_mismatch(other, lambda: plan.deliveries.rows_P.tolist() if plan else None, group, what)
 
     def _better_plan(self, layer: int, counts_SE: IntArray, plan: Dispatch) -> Dispatch | None:
         """A plan for the true load, where it is worth its transfers."""
@@ -250,6 +247,15 @@ class Runtime:
         return better
 
     # Replicas on their way
+
+    def _follow(self, _: Move) -> None:
+        self._drop_gathered()
+        self.placements = self.owners_alone()
+
+    def _drop_gathered(self) -> None:
+        for replicas in self._gathering.values():
+            replicas.free()
+        self._gathering.clear()
 
     def _gather_ahead(self, layer: int, dtype: torch.dtype | None = None) -> None:
         """Begin to bring a layer's replicas here, if there is such a layer and a plan for it."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sparsetrain.moe.placement import CostModel, LoadForecast, Placement, dispatch, materialise_layers, reshard_owners
 from sparsetrain.moe.placement.topology import FloatArray, IntArray
 from sparsetrain.parallel.fssdp.adaptivity import Trial
+from sparsetrain.parallel.fssdp.agreement import check_placements
 from sparsetrain.parallel.fssdp.runtime import Runtime
 from sparsetrain.parallel.fssdp.store import Traffic
 
@@ -89,6 +90,9 @@ class StepPlanner:
 
         Returns:
             Whether experts have changed owners.
+
+        Raises:
+            PlacementError: Ranks came to different plans.
         """
         if total.rows:
             self._degree.observe(total.layer_s / total.rows)
@@ -102,6 +106,8 @@ class StepPlanner:
         resharded = self._reshard_if_due(optimizer)
         self.runtime.cost = self._cost(total)
         self._place(total)
+        store = self.runtime.store
+        check_placements(self.runtime.placements, store.layer_paths, store.groups.parameters)
         return resharded
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,7 +157,7 @@ class StepPlanner:
     def _place(self, total: Measured) -> None:
         """Replicas of the next step, in the layers where they are worth their transfers."""
         store, topology, mean_LE = self.runtime.store, self.runtime.topology, self._forecast.mean_LE
-        owned = [Placement.of_owners(owner_E, topology.num_devices) for owner_E in store.owners_LE]
+        owned = self.runtime.owners_alone()
         if mean_LE is None or not self._options.spare_slots:
             self.runtime.placements = owned
             return
