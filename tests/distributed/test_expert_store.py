@@ -144,6 +144,7 @@ def check_description(groups: ExpertGroups, spec: ExpertSpec) -> None:
     assert list(weight_shapes(model).items()) == list(weight_shapes(model_of(experts)).items())
     assert describe_parameters(model) == describe_parameters(model_of(experts))
     model.to_empty(device="cpu")
+    torch.manual_seed(dist.get_rank())
     store.reset_parameters()
     for shard in weight_shards(model):
         if shard.local_numel:

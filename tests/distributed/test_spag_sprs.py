@@ -73,9 +73,9 @@ def check_replicas(store: ExpertStore, layer: int, placement: Placement, dtype: 
 def check_gradients(store: ExpertStore, layer: int, placement: Placement, dtype: torch.dtype) -> None:
     """Invariant 4: ones come back as holder counts, and unequal numbers as their sum, each holder's once."""
     rank, size = store.groups.rank, store.groups.size
+    replicas = store.start_gather(layer, placement, dtype)
     for value_of in (lambda _: 1.0, lambda holder: 3.0**holder):
         store.traffic = Traffic()
-        replicas = store.start_gather(layer, placement, dtype)
         local = store.gradients(layer, replicas)
         for tensors in (local.w_in, local.w_out, local.b_in or [], local.b_out or []):
             for tensor in tensors:
