@@ -88,9 +88,8 @@ class Call:
         self.gather_again()
 
     def end_backward(self) -> None:
-        """Send the replicas' gradients home, under whatever the model computes next; collective."""
-        if self.replicas is not None:
-            self.store.start_reduce(self.layer, self.replicas)
+        """Send the layer's gradients home, under whatever the model computes next; collective."""
+        self.store.start_reduce(self.layer, self.replicas)
         self.replicas = None
         self.runtime.forget(self)
 
