@@ -4,15 +4,18 @@ from sparsetrain.checkpoint.folder import list_checkpoints, step_of, verify_chec
 from sparsetrain.checkpoint.load import Checkpoint, latest_checkpoint, load_checkpoint, load_weights, read_state
 from sparsetrain.checkpoint.optimizer import ensure_moments, load_optimizer_state, optimizer_state
 from sparsetrain.checkpoint.save import save_checkpoint
+from sparsetrain.checkpoint.saved_weights import SavedWeights, open_weights
 
 __all__ = [
     "Checkpoint",
+    "SavedWeights",
     "ensure_moments",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
     "load_optimizer_state",
     "load_weights",
+    "open_weights",
     "optimizer_state",
     "read_state",
     "save_checkpoint",

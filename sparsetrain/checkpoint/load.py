@@ -110,12 +110,21 @@ def load_weights(path: Path, shards: Sequence[WeightShard], *, on_damaged: _Noti
     Raises:
         CheckpointError: There is none, it is damaged, or its weights are not those of this model.
     """
-    candidates = on_first_rank(lambda: checkpoints_in(path))
-    checkpoint = _newest_intact(candidates, on_damaged)
+    checkpoint = newest_intact_in(path, on_damaged)
     saved = on_first_rank(lambda: saved_shapes(checkpoint))
     _check_model(checkpoint, saved, shards)
     _load_with_weights(checkpoint, saved, shards, {})
     return checkpoint
+
+
+def newest_intact_in(path: Path, on_damaged: _Notify) -> Path:
+    """A checkpoint itself, or the newest intact one of a run folder; collective.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    candidates = on_first_rank(lambda: checkpoints_in(path))
+    return _newest_intact(candidates, on_damaged)
 
 
 def _newest_intact(checkpoints: Sequence[Path], on_damaged: _Notify) -> Path:

@@ -102,14 +102,14 @@ def save_tensors(tensors: Mapping[str, GlobalTensor], folder: Path) -> None:
         save(dict(tensors), storage_writer=_Writer(folder), planner=_SavePlanner(), no_dist=not in_group())
 
 
-def load_tensors(tensors: Mapping[str, GlobalTensor], folder: Path) -> None:
-    """Fill the boxes of whole tensors from `folder`, whatever boxes were saved; collective over the world."""
+def load_tensors(tensors: Mapping[str, GlobalTensor], folder: Path, *, alone: bool = False) -> None:
+    """Fill the boxes of whole tensors from `folder`, whatever boxes were saved; collective, unless `alone`."""
     with _errors_of_any_rank():
         load(
             dict(tensors),
             storage_reader=FileSystemReader(folder),
             planner=_LoadPlanner(),
-            no_dist=not in_group(),
+            no_dist=alone or not in_group(),
         )
 
 

@@ -175,6 +175,9 @@ def _experts(config: RunConfig) -> Iterator[Conflict]:
     if config.parallel.experts is not None and config.model.moe is None:
         message = "the model has no experts; add model.moe, or remove this key"
         yield Conflict(("parallel", "experts"), config.parallel.experts, message, (("model", "moe"),))
+    if config.train.upcycle is not None and config.model.moe is None:
+        message = "the model has no experts to be made of a dense model; add model.moe, or remove this key"
+        yield Conflict(("train", "upcycle"), True, message, (("model", "moe"),))
 
 
 def _phase(index: int) -> KeyPath:

@@ -76,6 +76,19 @@ class PhaseConfig(Section):
     the phase."""
 
 
+class Upcycling(Section):
+    """A dense model becomes one with experts (arXiv 2212.05055); without noise and mask they start all alike."""
+
+    noise: Real = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise on each expert's weights, in units of the weights' own."""
+    mask: Real = Field(default=0.0, ge=0, lt=1)
+    """Share of each expert's weights set to 0, other ones in each expert (EvoMoE, arXiv 2112.14397)."""
+
+
+def _upcycling_from_bool(value: object) -> object:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class TrainConfig(Section):
     """How long, in which batches and precision."""
 
@@ -100,9 +113,17 @@ class TrainConfig(Section):
     """Steps with a NaN or infinite loss or gradient that may be skipped before the run stops."""
     init_from: str | None = None
     """Run folder or checkpoint whose weights to start from."""
+    upcycle: Annotated[Upcycling | None, BeforeValidator(_upcycling_from_bool)] = None
+    """true, or {noise: x, mask: y}: init_from is a dense model, whose feed-forward layers every expert starts as."""
     phase_name: str = "pretrain"
     phases: tuple[PhaseConfig, ...] = ()
     """What comes after the first phase."""
+
+    @model_validator(mode="after")
+    def _upcycles_something(self) -> Self:
+        if self.upcycle is not None and self.init_from is None:
+            raise KeyConflict("upcycle", "needs the dense model to start from; set init_from to its run folder")
+        return self
 
     @model_validator(mode="after")
     def _ramp_reaches_batch(self) -> Self:

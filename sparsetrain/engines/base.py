@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.config import OptimizerConfig
 from sparsetrain.data import Batch
+from sparsetrain.parallel import MoEController
 from sparsetrain.sharding import WeightShard
 
 
@@ -24,18 +25,30 @@ class Engine(Protocol):
         """The optimizer of the current phase; its step hooks run before any gather of updated weights."""
         ...
 
+    @property
+    def experts(self) -> MoEController | None:
+        """Follows the optimizer's steps and looks after the experts in between; None for a model that has none.
+        `use_optimizer` makes a new one."""
+        ...
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """What balance and router losses added to the loss of the latest `forward_backward`, a counted target: 0-d
+        float32, the same on all ranks; None for a model without experts."""
+        ...
+
     def use_optimizer(self, config: OptimizerConfig, *, keep_state: bool) -> None:
         """Begin a phase: new hyperparameters, and Adam's moments and step count kept or forgotten."""
         ...
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Leave the gradient of the mean loss over the global batch in the shards.
+        """Leave the gradient of the mean loss over the global batch, `aux_loss` included, in the shards.
 
         Args:
             micro_batches: This rank's samples of the step, equally many micro-batches on every rank.
 
         Returns:
-            The mean loss over all counted targets of all ranks: 0-d float32, nats a token.
+            The mean cross entropy over all counted targets of all ranks: 0-d float32, nats a token.
         """
         ...
 
@@ -48,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def skip_step(self) -> None:
-        """Drop the gradient without an update."""
+        """Drop the gradient without an update; for the experts the step is over all the same."""
         ...
 
     def evaluate(self, batch: Batch) -> Tensor:

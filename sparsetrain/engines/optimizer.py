@@ -25,13 +25,16 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.de
         if isinstance(submodule, DescribesWeights)
         for parameter in submodule.parameters()
     }
-    decaying, others = [], []
+    # Stacks apart, in every layout: where the rest is DTensors they are plain, and one kernel does not take both.
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
+        (is_stack, is_matrix): [] for is_stack in (False, True) for is_matrix in (True, False)
+    }
     for parameter in parameters:
-        is_matrix = parameter.dim() - (id(parameter) in stacked) >= 2
-        (decaying if is_matrix else others).append(parameter)
+        is_stack = id(parameter) in stacked
+        members[is_stack, parameter.dim() - is_stack >= 2].append(parameter)
     groups = [
-        {"params": decaying, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": params, "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), params in members.items()
     ]
     return AdamW(
         [group for group in groups if group["params"]],

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from sparsetrain.data import NOT_COUNTED, Batch
 from sparsetrain.engines.allocator import keep_freed_memory
 from sparsetrain.engines.optimizer import build_optimizer
 from sparsetrain.models import Transformer, initialize_
-from sparsetrain.parallel import World, parallelize_data
+from sparsetrain.moe import auxiliary_loss, moe_layers
+from sparsetrain.moe.routers.replay import ReplayRouter
+from sparsetrain.parallel import MoEController, World, parallelize_data, set_gradient_sync, spread_experts
 from sparsetrain.sharding import WeightShard, clip_grads_, global_grad_norm, on_move, reshard, weight_shards
 
 
@@ -27,16 +30,21 @@ class TorchEngine:
         world: The ranks.
         vocab_size: Rows of the embedding.
         max_seq_len: Longest sample of any phase, in tokens.
+        total_steps: Optimizer steps of all phases, which routers' schedules span.
     """
 
-    def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int) -> None:
+    def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int, total_steps: int) -> None:
         self._world = world
+        self._total_steps = total_steps
         self._layout = config.parallel
         self._precision = config.train.precision
         if world.device.type == "cpu":
             keep_freed_memory()
         with torch.device("meta"):
             self._module = Transformer(config.model, vocab_size, max_seq_len)
+        self._has_experts = config.model.moe is not None
+        self._aux_loss: Tensor | None = None
+        self._prepare_experts(config)
         if config.train.activation_checkpointing:
             for index, layer in enumerate(self._module.layers):
                 self._module.layers[index] = checkpoint_wrapper(layer)
@@ -49,8 +57,26 @@ class TorchEngine:
         if config.train.compile:
             self._callable.compile()  # in place: parameter names and hooks stay
         self._optimizer = build_optimizer(self._module, config.optimizer, world.device)
+        self._experts = self._follow_steps() if self._has_experts else None
         self._find_shards()
         on_move(self._module, lambda _: self._find_shards())
+
+    def _prepare_experts(self, config: RunConfig) -> None:
+        if config.parallel.experts is not None:
+            timeout = timedelta(seconds=config.cluster.collective_timeout_s)
+            spread_experts(self._module, config.parallel, self._world, timeout)
+        for _, layer in moe_layers(self._module):
+            if isinstance(layer.router, ReplayRouter) and self._world.size > 1:
+                layer.router.source = self._world.rank
+
+    def _follow_steps(self, earlier: MoEController | None = None) -> MoEController:
+        """Have the experts looked after by one who follows the optimizer, and knows what `earlier` did."""
+        if earlier is not None:
+            earlier.detach()
+        controller = MoEController(self._module, self._optimizer, total_steps=self._total_steps)
+        if earlier is not None:
+            controller.load_state_dict(earlier.state_dict())
+        return controller
 
     def _parallelize(self, config: RunConfig) -> nn.Module:
         return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
@@ -72,6 +98,16 @@ class TorchEngine:
         """AdamW over the parameters that this rank holds."""
         return self._optimizer
 
+    @property
+    def experts(self) -> MoEController | None:
+        """Looks after the experts between steps; see Engine."""
+        return self._experts
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """What balance and router losses added; see Engine."""
+        return self._aux_loss
+
     def use_optimizer(self, config: OptimizerConfig, *, keep_state: bool) -> None:
         """Begin a phase: new hyperparameters, and Adam's moments and step count kept or forgotten."""
         state = self._optimizer.state
@@ -79,21 +115,29 @@ class TorchEngine:
         self._optimizer = build_optimizer(self._module, config, self._world.device)
         if keep_state:
             self._optimizer.state = state
+        if self._experts is not None:
+            self._experts = self._follow_steps(self._experts)
         self._find_shards()
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
-        """Accumulate the gradient of the mean loss over the global batch; see Engine."""
+        """Accumulate the gradient of the mean loss over the global batch, balance losses included; see Engine."""
         num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches]).sum()
         num_targets = self._world.sum_(num_targets.to(self._world.device))
         # Data parallelism averages over ranks; the mean over targets wants their sum.
         scale = self._world.size / num_targets
-        total = torch.zeros((), device=self._world.device)
+        totals = torch.zeros(2, device=self._world.device)  # cross entropy, what is added to it
         for index, batch in enumerate(micro_batches):
             with self._synchronizing(index == len(micro_batches) - 1):
                 loss = self._loss(batch)
+                totals[0] += loss.detach()
+                if self._has_experts:
+                    added = auxiliary_loss(self._module, "sum")
+                    totals[1] += added.detach()
+                    loss = loss + added
                 torch.autograd.backward(loss * scale)
-            total += loss.detach()
-        return self._world.sum_(total) / num_targets
+        means = self._world.sum_(totals) / num_targets
+        self._aux_loss = means[1] if self._has_experts else None
+        return means[0]
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Clip by the true global norm and return it; see Engine."""
@@ -110,8 +154,10 @@ class TorchEngine:
         self._optimizer.zero_grad()
 
     def skip_step(self) -> None:
-        """Drop the gradient without an update."""
+        """Drop the gradient without an update; see Engine."""
         self._optimizer.zero_grad()
+        if self._experts is not None:
+            self._experts.after_step()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
@@ -134,6 +180,10 @@ class TorchEngine:
         """One line for people."""
         layout = {"ddp": "replicated", "full": "fully sharded"}[self._layout.shard]
         ranks = f"{self._world.size} rank{'s' if self._world.size > 1 else ''}"
+        experts = self._layout.experts
+        if experts is not None:
+            spread = {"ep": "expert parallelism", "fssdp": "FSSDP"}[experts]
+            layout = f"{layout}, experts by {spread} over {self._layout.ep or self._world.size},"
         return f"torch, {layout} over {ranks}, {self._precision}, {self._world.device.type}"
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -148,6 +198,8 @@ class TorchEngine:
     @contextlib.contextmanager
     def _synchronizing(self, is_last: bool) -> Iterator[None]:
         """Reduce gradients over ranks in the last micro-batch only; the others add up locally."""
+        if self._has_experts:
+            set_gradient_sync(self._module, is_last)
         if isinstance(self._callable, FSDPModule):
             self._callable.set_requires_gradient_sync(is_last)
             yield

@@ -8,6 +8,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config import ParallelConfig
+from sparsetrain.parallel.fssdp.store import store_parameters
+from sparsetrain.parallel.parallelize import ignore_stores
 from sparsetrain.parallel.world import World
 
 
@@ -15,6 +17,8 @@ def parallelize_data(
     model: nn.Module, layers: Iterable[nn.Module], parallel: ParallelConfig, world: World
 ) -> nn.Module:
     """Replicate or shard `model` over all ranks; gradients come out averaged over them.
+
+    Experts that are spread over ranks are left alone.
 
     Args:
         model: On its device for shard=ddp. For shard=full it may be on the meta device, to be materialised afterwards:
@@ -30,11 +34,13 @@ def parallelize_data(
         mesh = world.mesh(parallel.shard_size or world.size)
         # A mesh of one dimension says: no replication, reduce-scatter only.
         mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+        ignored = set(store_parameters(model).values())
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored)
         return model
     if world.size > 1:
+        ignore_stores(model)
         # Gradients as views of the buckets: no copy before and after the all-reduce.
         return DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=dist.group.WORLD)
     return model

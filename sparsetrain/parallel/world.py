@@ -75,8 +75,9 @@ def join_world(config: RunConfig) -> Iterator[World]:
 
 
 def _needs_group(config: RunConfig) -> bool:
-    # fully_shard needs a mesh, and a mesh a process group, also for one rank.
-    return "WORLD_SIZE" in os.environ or config.parallel.shard == "full"
+    # fully_shard and experts need a mesh, and a mesh a process group, also for one rank.
+    parallel = config.parallel
+    return "WORLD_SIZE" in os.environ or parallel.shard == "full" or parallel.experts is not None
 
 
 def _init_process_group(config: RunConfig, device: torch.device) -> None:

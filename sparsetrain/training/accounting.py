@@ -68,6 +68,8 @@ class Accountant:
         }
         if self._sparsity.masks_changed:
             row["flip_rate"] = self._sparsity.flip_rate
+        if result.experts is not None:
+            row |= expert_figures(result)
         if state.bad_steps:
             row["bad_steps"] = state.bad_steps
         return row
@@ -77,3 +79,18 @@ class Accountant:
             weight.numel - weight.nonzeros for weight in self._sparsity.report() if weight.name in self._flops.linear
         )
         return self._flops.num_linear_parameters - zeros
+
+
+def expert_figures(result: StepResult) -> dict[str, Any]:
+    """What a row of metrics.jsonl says of experts; see `metrics`."""
+    report = result.experts
+    assert report is not None
+    return {
+        "aux_loss": result.aux_loss,
+        "expert_imbalance": report.expert_imbalance,
+        "device_imbalance": report.device_imbalance,
+        "replicas": report.replicas,
+        "moved_bytes": report.moved_bytes,
+        "dropped_tokens": report.dropped,
+        "pipeline_degree": report.degree,
+    }

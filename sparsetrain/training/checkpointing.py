@@ -9,12 +9,15 @@ from sparsetrain.checkpoint import (
     load_checkpoint,
     load_optimizer_state,
     load_weights,
+    open_weights,
     optimizer_state,
     read_state,
     save_checkpoint,
 )
+from sparsetrain.checkpoint.agreement import on_every_rank
 from sparsetrain.config import RunConfig
 from sparsetrain.engines import Engine
+from sparsetrain.moe.upcycle import Diversity, upcycle_
 from sparsetrain.training.events import CheckpointSaved, Notice
 from sparsetrain.training.sparse_phase import PhaseSparsity
 from sparsetrain.training.state import RunState
@@ -53,10 +56,7 @@ class Checkpoints:
         if latest is not None:
             return self._resume(latest, begin_phase)
         if self._config.train.init_from is not None:
-            source = load_weights(
-                Path(self._config.train.init_from), self._engine.weight_shards(), on_damaged=self._warn
-            )
-            self.notices.append(Notice(f"weights from {source}"))
+            self._start_from(Path(self._config.train.init_from))
         return RunState.fresh(len(self._config.phases))
 
     def save(self, state: RunState) -> CheckpointSaved:
@@ -71,6 +71,7 @@ class Checkpoints:
                 "run": state.to_dict(),
                 "optimizer": optimizer_state(self._engine.optimizer),
                 "sparsity": self._sparsity.current.state_dict(),
+                "experts": None if (experts := self._engine.experts) is None else experts.state_dict(),
             },
             keep=self._config.checkpoint.keep,
         )
@@ -84,12 +85,26 @@ class Checkpoints:
         if inside:
             begin_phase(state.phase)  # on weights that do not matter: the checkpoint's replace them
         load_optimizer_state(self._engine.optimizer, saved["optimizer"])
+        if self._engine.experts is not None and saved["experts"] is not None:
+            self._engine.experts.load_state_dict(saved["experts"])  # owners first: they say where weights belong
         checkpoint = load_checkpoint(path, shards=self._engine.weight_shards())
         if inside:
             self._sparsity.restore(checkpoint.masks, saved["sparsity"])
         else:
             self._sparsity.inherit(checkpoint.masks)
         return state
+
+    def _start_from(self, path: Path) -> None:
+        """Take the weights of another run, or make experts of its feed-forward layers; collective."""
+        upcycle = self._config.train.upcycle
+        if upcycle is None:
+            source = load_weights(path, self._engine.weight_shards(), on_damaged=self._warn)
+            self.notices.append(Notice(f"weights from {source}"))
+            return
+        weights = open_weights(path, on_damaged=self._warn)
+        diversity = Diversity(upcycle.noise, upcycle.mask, self._config.seed)
+        on_every_rank(lambda: upcycle_(self._engine.module, weights.read, diversity))
+        self.notices.append(Notice(f"weights upcycled from {weights.path}"))
 
     def _warn(self, problem: str) -> None:
         self.notices.append(Notice(problem, "warning"))

@@ -23,6 +23,8 @@ class RunStarted:
     matmul_peak_flops: float
     """Measured matmul peak of all ranks together in FLOP/s, the denominator of MFU."""
     resumed_from_step: int | None = None
+    active_parameters: int | None = None
+    """Parameters that a token uses, where it does not use all."""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def number(value: Any, form: str) -> str:
 def step_figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Labels and values of a row of metrics.jsonl, in the order in which they are shown."""
     tokens_per_s, utilisation = row.get("tokens_per_s"), row.get("mfu")
-    return [
+    figures = [
         ("loss", number(row.get("loss"), ".3f")),
         ("tok/s", MISSING if number(tokens_per_s, "g") == MISSING else scaled(float(tokens_per_s or 0))),
         ("MFU", MISSING if number(utilisation, "g") == MISSING else percent(float(utilisation or 0))),
@@ -55,6 +55,10 @@ def step_figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("lr", number(row.get("lr"), ".1e")),
         ("grad norm", number(row.get("grad_norm"), ".2f")),
     ]
+    for key, label in (("expert_imbalance", "expert max/mean"), ("device_imbalance", "rank max/mean")):
+        if key in row:
+            figures.append((label, number(row[key], ".2f")))
+    return figures
 
 
 def _three_digits(value: float) -> str:

@@ -10,7 +10,7 @@ from sparsetrain.data import Dataset
 from sparsetrain.engines import Engine
 from sparsetrain.errors import TrainingError
 from sparsetrain.parallel import World, join_world
-from sparsetrain.planning.flops import ModelFlops
+from sparsetrain.planning.flops import ModelFlops, parameter_counts
 from sparsetrain.training.accounting import Accountant
 from sparsetrain.training.checkpointing import Checkpoints
 from sparsetrain.training.describe import describe_phase
@@ -23,7 +23,7 @@ from sparsetrain.training.preflight import preflight
 from sparsetrain.training.profiling import Profiler
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder
-from sparsetrain.training.setup import build_engine, max_seq_len, measure_peak
+from sparsetrain.training.setup import build_engine, check_expert_memory, max_seq_len, measure_peak
 from sparsetrain.training.sparse_phase import PhaseSparsity
 from sparsetrain.training.state import RunState
 from sparsetrain.training.step import train_step
@@ -71,6 +71,7 @@ def train(
     """
     with join_world(config) as world, _told_if_out_of_memory(config), contextlib.ExitStack() as opened:
         datasets = preflight(config, world_size=world.size).datasets
+        check_expert_memory(config, world)
         # Only now that nothing else can be wrong: with "overwrite" an old run is deleted here.
         folder = opened.enter_context(RunFolder.open(config, on_existing, world))
         folder.describe_data(datasets)
@@ -80,7 +81,10 @@ def train(
         run = Run(config, world, folder, datasets, plan_phases(config), engine, sparsity, checkpoints)
         state = checkpoints.resume_or_start(lambda phase: begin_phase(run, phase, keep_state=False))
         peak_flops = measure_peak(config, world)
-        with record(folder.path, world, reporter, state) as recorder, Profiler(folder.path, world, profile) as profiler:
+        with (
+            record(folder.path, config, world, reporter, state) as recorder,
+            Profiler(folder.path, world, profile) as profiler,
+        ):
             _announce(run, state, recorder, peak_flops)
             for plan in run.plans[state.phase :]:
                 train_phase(run, plan, state, recorder, profiler, peak_flops)
@@ -103,6 +107,7 @@ def train_phase(
     while state.phase_step < plan.num_steps:
         result = train_step(run.engine, run.sparsity.current, dataset, plan, config.train, state, run.world)
         record(StepDone(plan.phase.name, accountant.count(plan, state, result)))
+        record.expert_load(state.step, result.experts)
         profiler.step_done()
         with accountant.paused():
             if state.phase_step == plan.num_steps:
@@ -110,9 +115,14 @@ def train_phase(
             if state.phase_step % config.train.eval_every_steps == 0:
                 _evaluate(run, plan, state, record, "during")
             if state.step % config.checkpoint.every_steps == 0:
-                record(run.checkpoints.save(state))
+                _save(run, state, record)
     state.current.eval_after = _evaluate(run, plan, state, record, "end")
     state.next_phase()
+    _save(run, state, record)
+
+
+def _save(run: Run, state: RunState, record: Recorder) -> None:
+    record.before_checkpoint()
     record(run.checkpoints.save(state))
 
 
@@ -149,13 +159,15 @@ def _evaluate(
 
 def _announce(run: Run, state: RunState, record: Recorder, peak_flops: float) -> None:
     """Say what is about to be trained, and where; make sure that its checkpoints will fit there."""
-    num_parameters = sum(shard.global_numel for shard in run.engine.weight_shards())
+    parameters = parameter_counts(run.engine.module)
+    num_parameters = parameters.total
     run.folder.check_space(num_parameters, run.config.checkpoint.keep)
     record(
         RunStarted(
             name=run.config.name,
             folder=str(run.folder.path),
             num_parameters=num_parameters,
+            active_parameters=parameters.active if parameters.idle else None,
             total_tokens=sum(plan.num_tokens for plan in run.plans),
             world_size=run.world.size,
             device=run.engine.describe(),
@@ -195,7 +207,8 @@ def _finish(run: Run, state: RunState, peak_flops: float) -> dict[str, Any]:
         max_tokens=SAMPLE_TOKENS,
         context=max_seq_len(run.config),
     )
-    return run.folder.finish(run.config, state, peak_flops=peak_flops, sample=sample)
+    parameters = parameter_counts(run.engine.module)
+    return run.folder.finish(run.config, state, parameters=parameters, peak_flops=peak_flops, sample=sample)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,14 @@ A row of metrics.jsonl, for the optimizer step that it names:
     tokens_per_s    tokens of all ranks over the seconds they took, recent steps, without evaluations and checkpoints
     mfu             executed model FLOPs per second over the measured matmul peak of that dtype, recent steps
     density         non-zeros over all weights that sparsity rules own; 1 where no rule owns any
-and what else applies (`step_time_s`, `bad_steps`, ...).
+and what else applies (`step_time_s`, `bad_steps`, ...). Of a model with experts:
+    aux_loss            what balance and router losses add to the loss, already weighted
+    expert_imbalance    rows of a layer's fullest expert over the mean, a mean over layers
+    device_imbalance    rows of the fullest rank of an expert group over the mean, a mean over layers
+    replicas            experts held besides their owners', over all layers and ranks of a group
+    moved_bytes         bytes of experts that were gathered, reduced or given new owners, over all ranks
+    dropped_tokens      assignments that exceeded the capacity of an expert
+    pipeline_degree     chunks in which tokens travel
 
 A row of evals.jsonl: step, phase, when (start, during or end of the phase), loss (nats a token), perplexity,
 bits_per_byte, tokens (held-out ones evaluated). Both files are strict JSON: what is not finite is null.

@@ -87,8 +87,9 @@ class ProgressState:
 
 def describe_run(run: RunStarted) -> str:
     """What is trained, on what, and where it is kept."""
+    active = f", {scaled(run.active_parameters)} active" if run.active_parameters is not None else ""
     facts = [
-        f"{scaled(run.num_parameters)} parameters",
+        f"{scaled(run.num_parameters)} parameters{active}",
         f"{scaled(run.total_tokens)} tokens",
         f"{run.device} at {quantity(run.matmul_peak_flops, 'FLOP/s')}",
         run.folder,

@@ -5,7 +5,8 @@
     tokenizer.json    the tokenizer
     metrics.jsonl  evals.jsonl  tensorboard/        written by metrics.MetricsWriter
     checkpoints/      written by sparsetrain.checkpoint
-    summary.json      once the run is done;  loss.png  profile/  logs/ of workers
+    expert_load.npz   of a model with experts: the load of each in every step
+    summary.json      once the run is done;  loss.png  expert_load.png  profile/  logs/ of workers
 
 Nothing else in the folder is ever touched, and a folder that is not a run's is refused.
 """
@@ -26,7 +27,9 @@ from sparsetrain.config import RunConfig, dump_config, format_count, load_config
 from sparsetrain.data import Dataset
 from sparsetrain.errors import ConfigError, RunFolderError
 from sparsetrain.parallel import World
+from sparsetrain.planning.flops import ParameterCount
 from sparsetrain.training.config_changes import config_changes
+from sparsetrain.training.expert_trace import TRACE_FILE
 from sparsetrain.training.folder_lock import FolderLock, is_locked
 from sparsetrain.training.metrics import EVALS_FILE, METRICS_FILE, TENSORBOARD_FOLDER, Row, read_metrics, replace_file
 from sparsetrain.training.state import RunState
@@ -52,7 +55,9 @@ _RESULTS = (
     CHECKPOINTS_FOLDER,
     LOGS_FOLDER,
     "profile",
+    TRACE_FILE,
     "loss.png",
+    "expert_load.png",
 )
 """What a run writes besides its config, and all that overwriting deletes."""
 _DRIVER_LOCK, _WORKER_LOCK = ".driver.lock", ".lock"
@@ -131,7 +136,15 @@ class RunFolder:
         """
         on_first_rank(lambda: _describe_data(self.path, datasets))
 
-    def finish(self, config: RunConfig, state: RunState, *, peak_flops: float, sample: str | None) -> dict[str, Any]:
+    def finish(
+        self,
+        config: RunConfig,
+        state: RunState,
+        *,
+        parameters: ParameterCount,
+        peak_flops: float,
+        sample: str | None,
+    ) -> dict[str, Any]:
         """Work out the figures of a finished run and write summary.json; collective. Arguments as for `summarize`.
 
         Returns:
@@ -143,7 +156,7 @@ class RunFolder:
 
         def write() -> dict[str, Any]:
             rows = read_metrics(self.path)
-            summary = summarize(config, state, rows, peak_flops=peak_flops, sample=sample)
+            summary = summarize(config, state, rows, parameters=parameters, peak_flops=peak_flops, sample=sample)
             summary.save(self.path)
             return summary.to_json()
 

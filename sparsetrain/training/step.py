@@ -1,13 +1,13 @@
 """One optimizer step, from samples to updated weights."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparsetrain.config import TrainConfig
 from sparsetrain.data import Batch, Dataset
 from sparsetrain.engines import Engine
 from sparsetrain.errors import TrainingError
-from sparsetrain.parallel import World
+from sparsetrain.parallel import MoEReport, World
 from sparsetrain.sparsity import Sparsifier
 from sparsetrain.training.lr_schedule import learning_rate
 from sparsetrain.training.phase_plan import PhasePlan
@@ -30,6 +30,10 @@ class StepResult:
     first_sample: int
     """Index in the phase's order of samples at which the batch begins."""
     num_samples: int
+    aux_loss: float | None = None
+    """What balance and router losses add to the loss; None without experts."""
+    experts: MoEReport | None = None
+    """What the experts had to do; None without any."""
 
     @property
     def is_finite(self) -> bool:
@@ -59,7 +63,8 @@ def train_step(
     loss = engine.forward_backward(micro_batches(dataset, first, count, train.micro_batch_size, world))
     sparsifier.mask_gradients()  # before the norm, which is that of the weights that are there
     grad_norm = engine.clip(optimizer.grad_clip)
-    result = StepResult(loss.item(), grad_norm.item(), lr, num_tokens, first, count)
+    aux_loss = None if engine.aux_loss is None else engine.aux_loss.item()
+    result = StepResult(loss.item(), grad_norm.item(), lr, num_tokens, first, count, aux_loss)
     if result.is_finite:
         engine.step(lr)
     else:
@@ -69,6 +74,8 @@ def train_step(
         _stop_beyond_limit(result, dataset, plan, train, state)
     state.step += 1
     state.phase_step += 1
+    if engine.experts is not None:
+        result = replace(result, experts=engine.experts.report)
     return result
 
 

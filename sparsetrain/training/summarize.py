@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 
 from sparsetrain.config import RunConfig
+from sparsetrain.planning.flops import ParameterCount
 from sparsetrain.training.metrics import Row, mfu
 from sparsetrain.training.state import PhaseTotals, RunState
-from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes, measured_seconds_saved
+from sparsetrain.training.summary import ExpertSummary, PhaseSummary, RunSummary, StepTimes, measured_seconds_saved
 
 
 def summarize(
-    config: RunConfig, state: RunState, rows: Sequence[Row], *, peak_flops: float, sample: str | None
+    config: RunConfig,
+    state: RunState,
+    rows: Sequence[Row],
+    *,
+    parameters: ParameterCount,
+    peak_flops: float,
+    sample: str | None,
 ) -> RunSummary:
     """Work out a finished run's figures.
 
@@ -17,6 +24,7 @@ def summarize(
         config: The run.
         state: Its sums, all phases done.
         rows: metrics.jsonl, for the comparison of dense with sparse steps.
+        parameters: Of the model.
         peak_flops: Matmul peak of all ranks together, FLOP/s.
         sample: Text that the trained model wrote.
     """
@@ -44,6 +52,27 @@ def summarize(
         sample=sample,
         bad_steps=state.bad_steps,
         resumed=state.resumed,
+        parameters=parameters.total,
+        active_parameters=parameters.active,
+        experts=_experts(rows),
+    )
+
+
+def _experts(rows: Sequence[Row]) -> ExpertSummary | None:
+    """Means over the steps that say something of experts."""
+    told = [row for row in rows if row.get("expert_imbalance") is not None]
+    if not told:
+        return None
+
+    def mean(key: str) -> float:
+        return float(sum(row[key] for row in told) / len(told))
+
+    return ExpertSummary(
+        expert_imbalance=mean("expert_imbalance"),
+        device_imbalance=mean("device_imbalance"),
+        replicas=mean("replicas"),
+        moved_bytes=mean("moved_bytes"),
+        dropped_tokens=sum(row["dropped_tokens"] for row in told),
     )
 
 

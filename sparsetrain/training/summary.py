@@ -39,6 +39,18 @@ class PhaseSummary:
 
 
 @dataclass(frozen=True)
+class ExpertSummary:
+    """What the experts of a run had to do, means over its steps; figures mean what they mean in metrics.jsonl."""
+
+    expert_imbalance: float
+    device_imbalance: float
+    replicas: float
+    moved_bytes: float
+    dropped_tokens: int
+    """Of all steps together."""
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """What a run came to, over all its phases.
 
@@ -80,6 +92,12 @@ class RunSummary:
     """Steps skipped because loss or gradient was not finite."""
     resumed: bool = False
     """Whether any part of the run went on from a checkpoint."""
+    parameters: int | None = None
+    """Of the model, zeros included; None in summaries of earlier versions."""
+    active_parameters: int | None = None
+    """Those that a token uses: of E experts, top_k."""
+    experts: ExpertSummary | None = None
+    """None for a model without experts."""
 
     @property
     def multiplied_zeros(self) -> bool:

@@ -32,10 +32,10 @@ def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
     return tiny_config(folder, output=str(folder / name), checkpoint__keep=20, **LAYOUTS[name], **changes)
 
 
-def saved_tensors(output: Path) -> dict[str, torch.Tensor]:
-    """Every weight, moment and mask of a run's last checkpoint, whole."""
+def saved_tensors(output: Path, index: int = -1) -> dict[str, torch.Tensor]:
+    """Every weight, moment and mask of a run's last checkpoint, or another one of its, whole."""
     tensors: dict[str, torch.Tensor] = {}
-    checkpoint = list_checkpoints(output / "checkpoints")[-1]
+    checkpoint = list_checkpoints(output / "checkpoints")[index]
     _load_state_dict(
         tensors, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True
     )
@@ -109,7 +109,7 @@ def train_interrupted(folder: Path, names: list[str]) -> None:
             train_until(layout(folder, name), step=7)
 
 
-def train_until(config: RunConfig, step: int) -> None:
+def train_until(config: RunConfig, step: int, **options: Any) -> None:
     from sparsetrain.training import loop
 
     genuine = loop.train_step
@@ -122,7 +122,7 @@ def train_until(config: RunConfig, step: int) -> None:
 
     loop.train_step = stopping
     try:
-        train(config)
+        train(config, **options)
     finally:
         loop.train_step = genuine
 

@@ -122,6 +122,11 @@ cluster: {workers: 4}
             ["parallel.experts=ep", "parallel.fssdp={dispatch: paper, pipeline: 2, spare_slots: 2}"],
             "parallel.fssdp.spare_slots = 2: has no meaning with experts=ep, which replicates and moves no expert",
         ),
+        (["train.upcycle=true"], "train.upcycle=true: needs the dense model to start from; set init_from"),
+        (
+            ["parallel.experts=null", "model.moe=null", "train.upcycle=true", "train.init_from=runs/dense"],
+            "train.upcycle=true: the model has no experts to be made of a dense model; add model.moe",
+        ),
         (["parallel.fssdp.pipeline=0"], "parallel.fssdp.pipeline=0: must be above 0"),
         (["parallel.fssdp.pipeline=many"], "parallel.fssdp.pipeline=many: expected auto or a whole number"),
         (["parallel.fssdp.spare_slots=-1"], "parallel.fssdp.spare_slots=-1: must be at least 0"),

@@ -12,7 +12,9 @@ import torch
 
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.errors import RunFolderError
+from sparsetrain.models import Transformer
 from sparsetrain.parallel import World
+from sparsetrain.planning.flops import parameter_counts
 from sparsetrain.training.folder_lock import FolderLock
 from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.run_folder import RunFolder
@@ -250,6 +252,7 @@ def test_finishing_writes_the_summary_that_it_returns(make_config, trained):
     with RunFolder.open(make_config(), "resume", ONE_RANK) as folder:
         state = RunState.fresh(num_phases=1)
         state.totals[0] = PhaseTotals(tokens=1200, steps=2, seconds=4.0, density=0.5)
-        summary = folder.finish(make_config(), state, peak_flops=1.0, sample="text")
+        model = Transformer(make_config().model, 64, 8)
+        summary = folder.finish(make_config(), state, parameters=parameter_counts(model), peak_flops=1.0, sample="text")
     assert (summary["tokens"], summary["tokens_per_s"], summary["density"]) == (1200, 300.0, 0.5)
     assert json.loads((trained / "summary.json").read_text()) == json.loads(json.dumps(summary))
