@@ -161,15 +161,10 @@ def test_slices_of_heads_are_heads_of_the_whole() -> None:
     assert_close(one, whole[:, :, 1:])
 
 
-def test_memory_never_holds_what_an_implementation_did_not_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is filled with NaN: whatever is read before it is written shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for call in (CALLS[2], CALLS[6]):
-            check(call, torch.float32, "cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_nothing_is_read_before_it_is_written() -> None:
+    for call in (CALLS[2], CALLS[6]):
+        check(call, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])

@@ -59,16 +59,11 @@ def test_interpreted_kernels_take_any_strides_and_expanded_gradients() -> None:
 
 
 @interpreted
-def test_interpreted_kernels_write_every_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is filled with NaN: what a kernel leaves out shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        layout = BlockLayout.from_mask(torch.zeros(1, 3, 3, dtype=torch.bool), 16)
-        call = Call(batch=1, tokens=40, lists=1)
-        out, lse, *gradients = computed(call, layout, call.tensors(torch.float32), "triton")
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_interpreted_kernels_write_every_output() -> None:
+    layout = BlockLayout.from_mask(torch.zeros(1, 3, 3, dtype=torch.bool), 16)
+    call = Call(batch=1, tokens=40, lists=1)
+    out, lse, *gradients = computed(call, layout, call.tensors(torch.float32), "triton")
     assert lse.isneginf().all()
     assert not any(x.any() for x in (out, *gradients))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_layout.visibility import Visibility
 from sparsetrain_kernels.block_sparse_attention.cpu_rows import AllRows, Rows, Scratch, from_blocks, to_blocks
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import as_written
 
 
@@ -28,7 +29,7 @@ def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility,
     with as_written(q_BSHD.device):
         q = all_rows.sort(q_BSHD)
         k, v = (to_blocks(x, x.shape[2], visible.block) for x in (k_BTKD, v_BTKD))
-        out = torch.zeros_like(q)
+        out = new_result(q, *q.shape).zero_()
         highest, its_p = q.new_full(q.shape[:2], float("-inf")), q.new_ones(q.shape[:2])
         scratch = Scratch(q.dtype)
         for rows in all_rows:
@@ -63,8 +64,9 @@ def backward(
         lse = all_rows.sort(lse_BHS.mT.unsqueeze(-1), fill=float("-inf"))
         dlse = None if dlse_BHS is None else all_rows.sort(dlse_BHS.mT.unsqueeze(-1)).to(q.dtype)
         k, v = (to_blocks(x, x.shape[2], visible.block) for x in (k_BTKD, v_BTKD))
-        dq = torch.zeros_like(q)
-        dk, dv = (torch.zeros(k.shape, dtype=torch.promote_types(k.dtype, torch.float32)) for _ in range(2))
+        dq = new_result(q, *q.shape).zero_()
+        wide = torch.promote_types(k.dtype, torch.float32)
+        dk, dv = (new_result(k, *k.shape, dtype=wide).zero_() for _ in range(2))
         scratch = Scratch(q.dtype)
         for rows in all_rows:
             at, gathered_shape = rows.slice, (len(rows.gathered), *k.shape[1:])

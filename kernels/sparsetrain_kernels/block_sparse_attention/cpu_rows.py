@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparsetrain_kernels.block_layout.ranges import END, FIRST, FULL, NOT_FULL, query_bounds
 from sparsetrain_kernels.block_layout.visibility import Visibility
+from sparsetrain_kernels.memory import new_result
 
 _BYTES_AT_ONCE = 2**20
 """Bytes of the scores of rows computed together; the backward pass has eight such buffers, which caches then hold."""
@@ -136,11 +137,11 @@ class AllRows:
 
     def sort(self, x_BSHD: Tensor, fill: float = 0.0) -> Tensor:
         """Of [B, S, H, D], which are queries or belong to them, the rows [., M, D]; `fill` past the end."""
-        return to_blocks(x_BSHD, self.heads, self._block, fill)[self._order]
+        return _take(to_blocks(x_BSHD, self.heads, self._block, fill), self._order)
 
     def unsort(self, rows: Tensor, like_BSHD: Tensor) -> Tensor:
         """The inverse of `sort`: contiguous, of the size of another."""
-        return from_blocks(rows[self._inverse], like_BSHD, self.heads)
+        return from_blocks(_take(rows, self._inverse), like_BSHD, self.heads)
 
 
 def to_blocks(x_BSHD: Tensor, heads: int, block: int, fill: float = 0.0) -> Tensor:
@@ -151,7 +152,7 @@ def to_blocks(x_BSHD: Tensor, heads: int, block: int, fill: float = 0.0) -> Tens
         x_BSHD = F.pad(x_BSHD, (0, 0, 0, 0, 0, missing), value=fill)
     group = num_heads // heads
     parts = x_BSHD.reshape(batch, -1, block, heads, group, dim).permute(0, 3, 1, 4, 2, 5)
-    return parts.reshape(-1, group * block, dim)
+    return new_result(x_BSHD, *parts.shape).copy_(parts).view(-1, group * block, dim)
 
 
 def from_blocks(blocks: Tensor, like_BSHD: Tensor, heads: int) -> Tensor:
@@ -159,4 +160,9 @@ def from_blocks(blocks: Tensor, like_BSHD: Tensor, heads: int) -> Tensor:
     batch, num_tokens, num_heads, dim = like_BSHD.shape
     group = num_heads // heads
     parts = blocks.view(batch, heads, -1, group, blocks.shape[1] // group, dim).permute(0, 2, 4, 1, 3, 5)
-    return parts.reshape(batch, -1, num_heads, dim)[:, :num_tokens].contiguous()
+    whole = new_result(blocks, *parts.shape).copy_(parts)
+    return whole.view(batch, -1, num_heads, dim)[:, :num_tokens].contiguous()
+
+
+def _take(rows: Tensor, order: Tensor) -> Tensor:
+    return torch.index_select(rows, 0, order, out=new_result(rows, *rows.shape))
