@@ -252,6 +252,7 @@ def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None) -
         start: Trains.
         check_as: Number of ranks to check for; None where `start` checks the run itself.
     """
+    from sparsetrain.report.expert_load import plot_expert_load
     from sparsetrain.report.final import print_summary
     from sparsetrain.report.plot import plot_loss
     from sparsetrain.training import preflight
@@ -277,6 +278,7 @@ def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None) -
         start(reporter=report)
     if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
         plot_loss(folders[-1])
+        plot_expert_load(folders[-1])
         print_summary(folders[-1], console)
 
 

@@ -8,10 +8,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sparsetrain.report.expert_load import LOAD_PLOT_FILE
 from sparsetrain.report.plot import PLOT_FILE
-from sparsetrain.training.formatting import MISSING, duration, number, percent, scaled
+from sparsetrain.training.formatting import MISSING, duration, number, percent, quantity, scaled
 from sparsetrain.training.metrics import read_metrics
-from sparsetrain.training.summary import PhaseSummary, RunSummary, StepTimes
+from sparsetrain.training.summary import ExpertSummary, PhaseSummary, RunSummary, StepTimes
 
 _SAMPLE_LINES = 16
 
@@ -36,9 +37,10 @@ def print_summary(folder: Path, console: Console) -> None:
         console.print(Padding(Text("what it writes now", style="dim"), (1, 0, 0, 1)))
         console.print(Padding(Text(_excerpt(summary.sample), style="cyan"), (0, 0, 0, 3)))
     console.print()
-    where = Text.assemble((" run folder  ", "dim"), (str(folder), "bold"))
-    if (folder / PLOT_FILE).exists():
-        where.append(f"  (losses: {folder / PLOT_FILE})", style="dim")
+    where = Text.assemble((" run folder      ", "dim"), (str(folder), "bold"))
+    for what, name in (("losses", PLOT_FILE), ("load of experts", LOAD_PLOT_FILE)):
+        if (folder / name).exists():
+            where.append(f"\n {what:<16}{folder / name}", style="dim")
     console.print(where, soft_wrap=True)
 
 
@@ -70,10 +72,27 @@ def _figures(summary: RunSummary, times: StepTimes | None) -> Table:
         table.add_row(" median step", f"{_step(times.dense_s)} dense, {_step(times.sparse_s)} with zeros{noise}")
     table.add_row(" speed", f"{scaled(summary.tokens_per_s)} tokens/s, MFU {percent(summary.mfu)} of the measured peak")
     table.add_row(" N_avg", f"{scaled(summary.n_avg)} non-zero linear parameters, mean over steps")
+    if summary.experts is not None:
+        _add_experts(table, summary, summary.experts)
     if summary.bad_steps:
         skipped = f"{summary.bad_steps}, because loss or gradient was not finite"
         table.add_row(" steps skipped", Text(skipped, style="yellow"))
     return table
+
+
+def _add_experts(table: Table, summary: RunSummary, experts: ExpertSummary) -> None:
+    if summary.parameters and summary.active_parameters:
+        share = percent(summary.active_parameters / summary.parameters, 0)
+        a_token = f"{scaled(summary.active_parameters)} of {scaled(summary.parameters)} parameters ({share})"
+        table.add_row(" a token uses", a_token)
+    balance = f"fullest expert {experts.expert_imbalance:.2f} x the mean, fullest rank {experts.device_imbalance:.2f} x"
+    table.add_row(" load, mean over steps", balance)
+    if experts.moved_bytes:
+        moved = quantity(experts.moved_bytes, "B")
+        table.add_row(" experts on the wire", f"{moved} a step for {scaled(experts.replicas)} replicas and new owners")
+    if experts.dropped_tokens:
+        dropped = f"{experts.dropped_tokens} assignments exceeded an expert's capacity"
+        table.add_row(" dropped", Text(dropped, style="yellow"))
 
 
 def _saved(figures: RunSummary | PhaseSummary) -> str:

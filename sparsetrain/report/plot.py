@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sparsetrain.config.units import format_count
 from sparsetrain.errors import RunFolderError
+from sparsetrain.report.style import GRID, INK, QUIET, SHADE
 from sparsetrain.training.metrics import Row, read_evals, read_metrics, replace_file
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ PLOT_FILE = "loss.png"
 
 # Okabe and Ito's colours, which stay apart in every kind of colour blindness; each has another line or mark, too.
 _TRAIN, _HELD_OUT, _DENSITY = "#0072B2", "#D55E00", "#009E73"
-_INK, _QUIET, _GRID, _SHADE = "#222222", "#666666", "#E4E4E4", "#F5F5F5"
 
 Floats = NDArray[np.float64]
 
@@ -132,11 +132,11 @@ def _draw(run: _Run) -> "Figure":
         _draw_phase(axes, phase, run, is_first=index == 0, is_shaded=index % 2 == 1)
     _style(axes, run)
     density = _draw_density(axes, run)
-    figure.suptitle(run.name, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    figure.suptitle(run.name, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         [*handles, *density], [*labels, *("density" for _ in density)],
-        loc="upper right", ncols=3, frameon=False, labelcolor=_INK, fontsize=10,
+        loc="upper right", ncols=3, frameon=False, labelcolor=INK, fontsize=10,
     )  # fmt: skip
     return figure
 
@@ -144,13 +144,13 @@ def _draw(run: _Run) -> "Figure":
 def _draw_phase(axes: "Axes", phase: _Phase, run: _Run, *, is_first: bool, is_shaded: bool) -> None:
     end = phase.tokens[-1]
     if is_shaded:
-        axes.axvspan(phase.begin, end, color=_SHADE, zorder=0, linewidth=0)
+        axes.axvspan(phase.begin, end, color=SHADE, zorder=0, linewidth=0)
     if not is_first:
-        axes.axvline(phase.begin, color=_QUIET, linewidth=0.8, zorder=1)
+        axes.axvline(phase.begin, color=QUIET, linewidth=0.8, zorder=1)
     if len(run.phases) > 1:
         axes.annotate(
             phase.name, ((phase.begin + end) / 2, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4),
-            textcoords="offset points", ha="center", va="bottom", color=_QUIET, fontsize=9,
+            textcoords="offset points", ha="center", va="bottom", color=QUIET, fontsize=9,
         )  # fmt: skip
     window = run.num_steps // 40
     if window > 1:
@@ -175,8 +175,8 @@ def _draw_phase(axes: "Axes", phase: _Phase, run: _Run, *, is_first: bool, is_sh
 def _style(axes: "Axes", run: _Run) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("training tokens", color=_INK)
-    axes.set_ylabel("loss (nats per token, logarithmic)", color=_INK)
+    axes.set_xlabel("training tokens", color=INK)
+    axes.set_ylabel("loss (nats per token, logarithmic)", color=INK)
     axes.set_xlim(0, run.phases[-1].tokens[-1])
     axes.set_yscale("log")
     axes.margins(y=0.12)
@@ -184,12 +184,12 @@ def _style(axes: "Axes", run: _Run) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_QUIET, length=0)
+    axes.tick_params(colors=QUIET, length=0)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
-        spine.set_color(_QUIET)
+        spine.set_color(QUIET)
 
 
 def _draw_density(axes: "Axes", run: _Run) -> "Sequence[Line2D]":

@@ -1,8 +1,10 @@
 import pytest
 
 from sparsetrain.errors import RunFolderError
+from sparsetrain.report.expert_load import LOAD_PLOT_FILE
 from sparsetrain.report.final import print_summary
 from sparsetrain.report.plot import PLOT_FILE
+from sparsetrain.training.summary import ExpertSummary
 
 
 def printed(folder, console) -> list[str]:
@@ -53,6 +55,23 @@ def test_dense_run_saves_nothing(make_run, make_summary, console):
     assert "seconds saved, measured none: no weight was zero" in printed(folder, console)
 
 
+def test_experts_have_their_balance_traffic_and_active_parameters_told(make_run, make_summary, console):
+    folder = make_run(("main", 3))
+    experts = ExpertSummary(1.62, 1.08, replicas=7.5, moved_bytes=12.3e6, dropped_tokens=41)
+    make_summary(parameters=46_700_000, active_parameters=12_900_000, experts=experts).save(folder)
+    lines = printed(folder, console)
+    assert "a token uses 12.9M of 46.7M parameters (28 %)" in lines
+    assert "load, mean over steps fullest expert 1.62 x the mean, fullest rank 1.08 x" in lines
+    assert "experts on the wire 12.3 MB a step for 7.50 replicas and new owners" in lines
+    assert "dropped 41 assignments exceeded an expert's capacity" in lines
+
+
+def test_what_experts_did_not_do_is_not_told(make_run, make_summary, console):
+    folder = make_run(("main", 3))
+    make_summary(experts=ExpertSummary(1.0, 1.0, 0.0, 0.0, 0)).save(folder)
+    assert not [line for line in printed(folder, console) if line.startswith(("experts", "dropped", "a token uses"))]
+
+
 def test_sample_is_shown_as_text_whatever_is_in_it(make_run, make_summary, console):
     folder = make_run(("main", 3))
     make_summary(sample="def f([red]x):\n\treturn\x1b[2J x\x07\n" + "line\n" * 30).save(folder)
@@ -79,12 +98,17 @@ def test_skipped_steps_are_told(make_run, make_summary, console, bad_steps):
     assert told == (bad_steps > 0)
 
 
-def test_last_line_says_where_everything_is(make_run, make_summary, console):
+def test_last_lines_say_where_everything_is(make_run, make_summary, console):
     folder = make_run(("main", 3))
     make_summary().save(folder)
     assert printed(folder, console)[-1] == f"run folder {folder}"
-    (folder / PLOT_FILE).touch()
-    assert printed(folder, console)[-1] == f"run folder {folder} (losses: {folder / PLOT_FILE})"
+    for name in (PLOT_FILE, LOAD_PLOT_FILE):
+        (folder / name).touch()
+    assert printed(folder, console)[-3:] == [
+        f"run folder {folder}",
+        f"losses {folder / PLOT_FILE}",
+        f"load of experts {folder / LOAD_PLOT_FILE}",
+    ]
 
 
 def test_run_that_has_not_finished_says_so(make_run, console):

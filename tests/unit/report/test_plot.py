@@ -22,7 +22,7 @@ def colours(path) -> set[str]:
 def test_picture_of_two_phases_has_losses_evaluations_and_density(make_run):
     path = plot_loss(make_run(("sparse", 80), ("finetune", 40)))
     assert path.name == "loss.png"
-    assert {plot._TRAIN, plot._HELD_OUT, plot._DENSITY, plot._SHADE} <= colours(path)
+    assert {plot._TRAIN, plot._HELD_OUT, plot._DENSITY, plot.SHADE} <= colours(path)
 
 
 def test_picture_of_one_step_has_a_training_mark(make_run):
