@@ -73,10 +73,10 @@ def check_accumulation(groups: ExpertGroups, spec: ExpertSpec, dtype: torch.dtyp
         for batch, store.requires_gradient_sync in enumerate(syncs):
             run_backward(partial(compute, store, plans(store, 10 * number + batch if batch else None), batch, dtype))
         check_gradients(store, experts, range(len(syncs)))
-    # A layer that is called twice in one pass has the sum of both.
+    # A layer that is called twice in one pass has the sum of both, also when nobody says that it is done again.
     optimizer.zero_grad()
-    twice = [partial(compute, store, plans(store, seed), seed, dtype) for seed in (2, 3)]
-    run_backward(lambda: [work() for work in twice])
+    calls = [partial(compute, store, plans(store, seed), seed, dtype) for seed in (2, 3)]
+    run_backward(lambda: [call() for call in [*calls, partial(store.gradients, 0, None)]])
     check_gradients(store, experts, [2, 3])
     # What was accumulated without synchronisation goes with zero_grad, as DDP's no_sync would have it.
     store.requires_gradient_sync = False

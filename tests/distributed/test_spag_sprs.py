@@ -42,7 +42,7 @@ def whole_expert(layer: int, expert: int, name: str, shape: tuple[int, ...]) -> 
 
 
 def filled_store(groups: ExpertGroups, spec: ExpertSpec, device: str = "cpu") -> ExpertStore:
-    owners_LE = own_evenly(NUM_LAYERS, NUM_EXPERTS, groups.size)
+    owners_LE = np.random.default_rng(1).permuted(own_evenly(NUM_LAYERS, NUM_EXPERTS, groups.size), axis=1)
     paths = [f"layers.{layer}.moe.experts" for layer in range(NUM_LAYERS)]
     store = ExpertStore(spec, paths, NUM_EXPERTS, owners_LE, groups, device=device)
     with torch.no_grad():
