@@ -97,6 +97,12 @@ def test_what_is_sparser_is_judged_by_what_was_measured_at_the_next_density(oper
     assert found[0.2].seconds == pytest.approx(0.004)
 
 
+def test_dense_runs_where_nothing_else_can(operation: Operation) -> None:
+    choice = operation.choose("xpu", torch.float32, "odd", SIZES, 0.25)
+    assert choice.implementation == DENSE
+    assert "no other implementation computes this here" in str(choice)
+
+
 def test_no_tokens_are_near_nothing(operation: Operation) -> None:
     assert chosen(operation, problem((0, 512, 256)), {problem(): times(dense=10, fast=1)}).implementation == DENSE
 

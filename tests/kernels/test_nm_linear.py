@@ -11,6 +11,7 @@ from sparsetrain_kernels.nm_linear import (
     NMLinear,
     NMPattern,
     NMSelection,
+    gather,
     magnitude_mask,
     nm_linear,
     reference,
@@ -133,7 +134,7 @@ CASES = {  # pattern, outputs, inputs, tokens
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut tokens into slices of 256, so that small tests see several."""
-    monkeypatch.setattr("sparsetrain_kernels.nm_linear.gather._CACHE_BYTES", 1)
+    monkeypatch.setattr(gather, "_CACHE_BYTES", 1)
 
 
 def poisoned(case: tuple[NMPattern, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, NMSelection, Tensor]:

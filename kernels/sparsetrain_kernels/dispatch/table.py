@@ -72,6 +72,9 @@ class Table:
 
     def choose(self, problem: Problem, candidates: Iterable[str]) -> Choice:
         """Apply the rule above to the implementations that can run here."""
+        candidates = list(candidates)
+        if not candidates:
+            return Choice(problem, DENSE, "no other implementation computes this here")
         near = self._near(problem)
         if not near:
             return Choice(problem, DENSE, f"nothing was measured near this problem on {self.hardware}")

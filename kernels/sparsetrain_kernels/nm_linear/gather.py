@@ -58,7 +58,7 @@ def input_gradient(
         total_KT = dy_TN.new_zeros(num_inputs, len(by_group[0]), dtype=accurate)
         for columns_P, values_VP, dy_TV in zip(columns_GP, values_GVP, by_group, strict=True):
             total_KT.index_add_(0, columns_P, (values_VP.T @ dy_TV.T).to(accurate))
-        dx_TK[tokens] = total_KT.T
+        dx_TK[tokens] = total_KT.to(dx_TK.dtype).T  # cast first: transposing is fast within one dtype
     return dx_TK
 
 
