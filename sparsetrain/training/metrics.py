@@ -12,13 +12,12 @@ A row of metrics.jsonl, for the optimizer step that it names:
     density         non-zeros over all weights that sparsity rules own; 1 where no rule owns any
 and what else applies (`step_time_s`, `bad_steps`, ...). Of a model with experts:
     aux_loss            what balance and router losses add to the loss, already weighted
-    expert_imbalance    rows of a layer's fullest expert over the mean, a mean over layers
+    expert_imbalance    load of the fullest expert over the mean, in the layer where that is largest
     device_imbalance    rows of the fullest rank of an expert group over the mean, a mean over layers
-    replicas            experts held besides their owners', over all layers and ranks of a group
-    moved_bytes         bytes of experts that were gathered, reduced or given new owners, over all ranks
+    replicas            copies of experts besides their owners' in the next step, all layers and ranks of a group
+    moved_bytes         bytes of experts (weights, gradients, optimizer state) that came to a rank, all ranks
     dropped_tokens      assignments that exceeded the capacity of an expert
-    pipeline_degree     chunks in which tokens travel
-
+    pipeline_degree     chunks in which tokens travel in the next step
 A row of evals.jsonl: step, phase, when (start, during or end of the phase), loss (nats a token), perplexity,
 bits_per_byte, tokens (held-out ones evaluated). Both files are strict JSON: what is not finite is null.
 """

@@ -41,7 +41,15 @@ def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
         "aux_scope": "sequence",
         "shared_experts": 1,
     }
-    settings = {"model__moe": moe, "output": str(folder / name), "checkpoint__keep": 20, **LAYOUTS[name], **changes}
+    finetune = {"name": "finetune", "tokens": 4 * 256, "sparsity": [], "optimizer_state": "keep"}
+    settings = {
+        "model__moe": moe,
+        "train__phases": [finetune],
+        "output": str(folder / name),
+        "checkpoint__keep": 20,
+        **LAYOUTS[name],
+        **changes,
+    }
     config = tiny_config(folder, **settings)
     rule = config.sparsity[0].model_copy(update={"params": ("*.attention.*", "*.experts.*")})
     return config.model_copy(update={"sparsity": (rule,)})
@@ -63,7 +71,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(one_process: Path) -> Path:
-    """The same runs over two ranks, each interrupted and resumed once in `broken`."""
+    """The same runs over two ranks."""
     ranked = beside(one_process, "2")
     run_distributed(train_layouts, 2, ranked, ON_TWO, timeout_s=300)
     return ranked
@@ -124,32 +132,27 @@ def test_replicas_and_moves_really_happen(two_ranks: Path) -> None:
 
 
 def train_interrupted(folder: Path, names: list[str]) -> None:
-    """Every rank stops inside step 7, two steps after a checkpoint."""
+    """Every rank stops inside step 7, two steps after a checkpoint, and goes on from there."""
     for name in names:
         with pytest.raises(Interrupted):
             train_until(layout(folder, name), step=7)
-
-
-def resume_layouts(folder: Path, names: list[str]) -> None:
-    for name in names:
         train(layout(folder, name), on_existing="resume")
 
 
-def test_interrupted_ranks_go_on_bitwise(one_process: Path, two_ranks: Path) -> None:
+def test_interrupted_ranks_go_on(one_process: Path, two_ranks: Path) -> None:
     broken, names = beside(one_process, "broken"), ["ep-ddp", "fssdp-full"]
-    run_distributed(train_interrupted, 2, broken, names, timeout_s=200)
-    run_distributed(resume_layouts, 2, broken, names, timeout_s=200)
-    for name in names:
-        for key in ("loss", "aux_loss", "grad_norm", "density", "expert_imbalance", "device_imbalance"):
-            expected = [row[key] for row in rows_of(two_ranks / name)]
-            assert [row[key] for row in rows_of(broken / name)] == expected, (name, key)
+    run_distributed(train_interrupted, 2, broken, names, timeout_s=300)
+    for key in ("loss", "aux_loss", "grad_norm", "density", "expert_imbalance", "device_imbalance"):
+        expected = [row[key] for row in rows_of(two_ranks / "ep-ddp")]
+        assert [row[key] for row in rows_of(broken / "ep-ddp")] == expected, key
+    # Which replicas pay is measured, and sums of other replicas are rounded in another order.
+    assert_same_training(two_ranks / "fssdp-full", broken / "fssdp-full")
 
 
 def test_a_run_goes_on_as_fssdp_and_then_alone(one_process: Path) -> None:
     folder = beside(one_process, "moved")
     output = str(folder / "moved")
-    run_distributed(train_until_as, 2, folder, "ep-full", output, 6, timeout_s=200)
-    run_distributed(train_until_as, 2, folder, "fssdp-ddp", output, 11, timeout_s=200)
+    run_distributed(train_as_ep_and_fssdp, 2, folder, output, timeout_s=300)
     train(layout(folder, "alone", output=output), on_existing="resume")
 
     for key, tolerance in (("loss", 2e-5), ("aux_loss", 1e-4)):
@@ -158,6 +161,7 @@ def test_a_run_goes_on_as_fssdp_and_then_alone(one_process: Path) -> None:
     assert LoadTrace.load(Path(output) / "expert_load.npz").step_N.tolist() == list(range(1, 13))
 
 
-def train_until_as(folder: Path, name: str, output: str, step: int) -> None:
-    with pytest.raises(Interrupted):
-        train_until(layout(folder, name, output=output), step=step, on_existing="resume")
+def train_as_ep_and_fssdp(folder: Path, output: str) -> None:
+    for name, step in (("ep-full", 6), ("fssdp-ddp", 11)):
+        with pytest.raises(Interrupted):
+            train_until(layout(folder, name, output=output), step=step, on_existing="resume")

@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparsetrain.training.memory import out_of_memory_advice
+from sparsetrain.errors import PlacementError
+from sparsetrain.training.memory import free_memory_bytes, out_of_memory_advice
+from sparsetrain.training.setup import require_memory_for_replicas
+from tests.training_runs import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -34,3 +39,24 @@ def test_the_cpu_allocator_still_words_its_error_so() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8, device="cpu")
     assert out_of_memory_advice(caught.value, micro_batch_size=16) is not None
+
+
+def test_spare_slots_that_do_not_fit_are_refused_with_what_would() -> None:
+    moe = {"num_experts": 8, "ffn_dim": 1 << 16}
+    config = tiny_config(Path(), model__moe=moe, parallel__experts="fssdp", parallel__fssdp__spare_slots=3, sparsity=[])
+    expert = 3 * 16 * 65536 * 4  # bytes of a weight in fp32
+    owned = 2 * 8 // 4 * expert * 4  # weight, gradient, two moments
+    require_memory_for_replicas(config, world_size=4, free_bytes=owned + 3 * 3 * expert)
+
+    message = r"parallel\.fssdp\.spare_slots = 3: 3 spare expert slots need 108 MiB .* use at most 2, or re-materialise"
+    with pytest.raises(PlacementError, match=message):
+        require_memory_for_replicas(config, world_size=4, free_bytes=owned + 3 * 3 * expert - 1)
+    with pytest.raises(PlacementError, match="use at most 0"):
+        require_memory_for_replicas(config, world_size=4, free_bytes=10 * 2**20)
+
+
+def test_ranks_of_a_machine_share_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = Path("/proc/meminfo").read_text()
+    total = 1024 * next(int(line.split()[1]) for line in info.splitlines() if line.startswith("MemTotal:"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 0 < free_memory_bytes(torch.device("cpu")) <= total // 4
