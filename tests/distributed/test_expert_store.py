@@ -76,7 +76,7 @@ def check_accumulation(groups: ExpertGroups, spec: ExpertSpec, dtype: torch.dtyp
     # A layer that is called twice in one pass has the sum of both, also when nobody says that it is done again.
     optimizer.zero_grad()
     calls = [partial(compute, store, plans(store, seed), seed, dtype) for seed in (2, 3)]
-    run_backward(lambda: [call() for call in [*calls, partial(store.gradients, 0, None)]])
+    run_backward(lambda: [call() for call in [*calls, partial(store.gradients, 2, None)]])
     check_gradients(store, experts, [2, 3])
     # What was accumulated without synchronisation goes with zero_grad, as DDP's no_sync would have it.
     store.requires_gradient_sync = False

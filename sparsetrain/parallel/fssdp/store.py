@@ -46,10 +46,11 @@ class Traffic:
 class ExpertStore(Movable, ExpertRows):
     """The experts of L layers of one shape, each owned by one rank of an expert group.
 
-    Memory of a rank, in bytes, with S experts owned, m replicas of a layer at once and C = spec.numel:
+    Memory of a rank, in bytes, with S experts owned, m replicas of a layer and C = spec.numel:
 
     - parameters S·C·itemsize, gradients as much, optimizer state as much for each of its tensors (two for Adam);
-    - m·C·itemsize of the compute dtype for replicas, and as much for their gradients during the backward pass;
+    - m·C·itemsize of the compute dtype for the replicas of a layer, and twice as much for gradients during the backward
+      pass: one layer's are computed while those of the layer after it are on their way;
     - S·C·itemsize of the compute dtype for casts, where it is not that of the parameters.
 
     Arguments and errors are those of `ExpertRows`.
