@@ -83,10 +83,7 @@ def materialise_layers(
             unknown.
     """
     load_LE = checked_load(load_LE, owners_LE, topology)
-    num_experts = load_LE.shape[1]
-    hot = num_experts if hot is None else min(hot, num_experts)
-    if slots < 0 or hot < 0 or tolerance < 0:
-        raise PlacementError(f"slots={slots}, hot={hot} and tolerance={tolerance} must not be negative")
+    hot = checked_hot(hot, load_LE.shape[1], slots, tolerance)
     if method == "paper":
         return [
             Placement(owner_E, materialise_by_share(load_E, owner_E, topology, slots=slots, hot=hot))
@@ -95,7 +92,7 @@ def materialise_layers(
     if method != "best":
         raise PlacementError(f"placement method {method!r} is unknown; use 'best' or 'paper'")
     holders_LED = np.zeros((*load_LE.shape, topology.num_devices), dtype=np.bool_)
-    holders_LED[np.arange(len(load_LE))[:, None], np.arange(num_experts), owners_LE] = True
+    holders_LED[np.arange(len(load_LE))[:, None], np.arange(load_LE.shape[1]), owners_LE] = True
     plan = best_plan(load_LE, owners_LE, topology, slots=slots, hot=hot, tolerance=tolerance)
     holders_LED[plan.layer_R, plan.expert_R, plan.device_R] = True
     return [Placement(owner_E, holders_ED) for owner_E, holders_ED in zip(owners_LE, holders_LED, strict=True)]
@@ -131,19 +128,20 @@ def best_plan(
         tolerance=tolerance,
         variants=variants,
     )
-    better = relieved.peak_L < swept.peak_L[uneven] - TINY
-    replaced_L = np.zeros(len(load_LE), dtype=np.bool_)
-    replaced_L[uneven] = better
-    keep_R, take_R = ~replaced_L[swept.layer_R], better[relieved.layer_R]
-    peak_L = swept.peak_L.copy()
-    peak_L[uneven[better]] = relieved.peak_L[better]
-    return Plan.gather(
-        [
-            (swept.layer_R[keep_R], swept.expert_R[keep_R], swept.device_R[keep_R]),
-            (uneven[relieved.layer_R[take_R]], relieved.expert_R[take_R], relieved.device_R[take_R]),
-        ],
-        peak_L,
-    )
+    better = np.flatnonzero(relieved.peak_L < swept.peak_L[uneven] - TINY)
+    return swept.with_layers(uneven[better], relieved.only_layers(better))
+
+
+def checked_hot(hot: int | None, num_experts: int, slots: int, tolerance: float) -> int:
+    """How many experts may get replicas, where None is all.
+
+    Raises:
+        PlacementError: A number is negative.
+    """
+    hot = num_experts if hot is None else min(hot, num_experts)
+    if slots < 0 or hot < 0 or tolerance < 0:
+        raise PlacementError(f"slots={slots}, hot={hot} and tolerance={tolerance} must not be negative")
+    return hot
 
 
 def checked_load(load_LE: ArrayLike, owners_LE: IntArray, topology: Topology) -> FloatArray:

@@ -33,6 +33,23 @@ class Plan:
         layer_R, expert_R, device_R = (np.concatenate(part) for part in zip((none,) * 3, *found, strict=True))
         return Plan(layer_R, expert_R, device_R, peak_L)
 
+    def with_layers(self, layer_L: IntArray, other: "Plan") -> "Plan":
+        """This plan, but for the layers `layer_L`, which are those of another plan in that order."""
+        is_other_L = np.zeros(len(self.peak_L), dtype=np.bool_)
+        is_other_L[layer_L] = True
+        keep_R = ~is_other_L[self.layer_R]
+        peak_L = self.peak_L.copy()
+        peak_L[layer_L] = other.peak_L
+        kept = (self.layer_R[keep_R], self.expert_R[keep_R], self.device_R[keep_R])
+        return Plan.gather([kept, (layer_L[other.layer_R], other.expert_R, other.device_R)], peak_L)
+
+    def only_layers(self, layer_L: IntArray) -> "Plan":
+        """The layers `layer_L` of this plan, numbered from 0 in that order."""
+        number_L = np.full(len(self.peak_L), -1)
+        number_L[layer_L] = np.arange(len(layer_L))
+        keep_R = number_L[self.layer_R] >= 0
+        return Plan(number_L[self.layer_R[keep_R]], self.expert_R[keep_R], self.device_R[keep_R], self.peak_L[layer_L])
+
 
 class Layers:
     """Loads of experts and devices of several layers, each layer in units of its mean device load."""

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sparsetrain.errors import PlacementError
-from sparsetrain.moe.placement.materialise import PlacementMethod, best_plan, checked_load
+from sparsetrain.moe.placement.materialise import PlacementMethod, best_plan, checked_hot, checked_load
 from sparsetrain.moe.placement.paper import shard_heterogeneously
 from sparsetrain.moe.placement.plan import TINY, Layers
 from sparsetrain.moe.placement.topology import FloatArray, IntArray, Topology
@@ -44,10 +44,7 @@ def reshard_owners(
             unknown.
     """
     load_LE = checked_load(load_LE, owners_LE, topology)
-    num_experts = load_LE.shape[1]
-    hot = num_experts if hot is None else min(hot, num_experts)
-    if slots < 0 or hot < 0 or tolerance < 0:
-        raise PlacementError(f"slots={slots}, hot={hot} and tolerance={tolerance} must not be negative")
+    hot = checked_hot(hot, load_LE.shape[1], slots, tolerance)
     if method == "paper":
         return shard_heterogeneously(load_LE, owners_LE, topology, hot=hot)
     if method != "best":

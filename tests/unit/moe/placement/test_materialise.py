@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from sparsetrain.errors import PlacementError
 from sparsetrain.moe.placement import (
+    LoadForecast,
     Placement,
     Topology,
     dispatch,
@@ -56,6 +57,7 @@ def test_a_plan_is_at_least_as_even_as_it_says(plan_of, problem):
     plan = plan_of(load_LE, owners_LE, problem.topology, slots=slots, hot=hot, tolerance=0.02, **more)
     holders_ED = Placement.of_owners(problem.owner_E, problem.topology.num_devices).holders_ED
     assert not holders_ED[plan.expert_R, plan.device_R].any()
+    assert np.bincount(plan.device_R, minlength=1).max() <= slots
     holders_ED[plan.expert_R, plan.device_R] = True
     mean = max(problem.load_E.sum(), 1) / problem.topology.num_devices
     assert least_peak(problem.load_E, Placement(problem.owner_E, holders_ED)) / mean <= plan.peak_L[0] + 1e-6
@@ -99,6 +101,17 @@ def test_a_known_load_is_even_with_one_spare_expert_a_device(name, seed):
     placement = materialise(counts_SE.sum(axis=0), loads.owner_E, topology, slots=1)
     load_D = dispatch(counts_SE, placement, topology).load_D
     assert load_D.max() <= 1.05 * load_D.mean()
+
+
+@pytest.mark.parametrize("name", ["L0", "L1", "L2", "L3", "L4"])
+def test_a_load_forecast_from_five_steps_is_nearly_as_even(name):
+    topology, forecast = Topology(8, 4), LoadForecast(5)
+    loads = scenario(name, 64, 8, seed=7)
+    for step in range(5):
+        forecast.update(loads.counts_SE(step, 16_384).sum(axis=0)[None])
+    placement = materialise_layers(forecast.mean_LE, loads.owner_E[None], topology, slots=1)[0]
+    load_D = dispatch(loads.counts_SE(5, 16_384), placement, topology).load_D
+    assert load_D.max() <= 1.08 * load_D.mean()
 
 
 def test_an_even_load_needs_no_replica():
