@@ -1,5 +1,7 @@
 """Training a mixture of experts over ranks against one process, in every layout of experts and of the rest."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from sparsetrain.config import RunConfig
 from sparsetrain.moe.placement import LoadTrace
 from sparsetrain.testing import assert_close, run_distributed
-from sparsetrain.training import train
+from sparsetrain.training import loop, train
 from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
@@ -55,6 +57,17 @@ def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
     return config.model_copy(update={"sparsity": (rule,)})
 
 
+@contextlib.contextmanager
+def short_samples() -> Iterator[None]:
+    """Writing a sample takes longer than the training before it."""
+    usual, loop.SAMPLE_TOKENS = loop.SAMPLE_TOKENS, 2
+    try:
+        yield
+    finally:
+        loop.SAMPLE_TOKENS = usual
+
+
+@short_samples()
 def train_layouts(folder: Path, names: list[str]) -> None:
     for name in names:
         train(layout(folder, name))
@@ -131,6 +144,7 @@ def test_replicas_and_moves_really_happen(two_ranks: Path) -> None:
     assert all(row["moved_bytes"] == 0 for row in rows_of(two_ranks / "ep-ddp"))
 
 
+@short_samples()
 def train_interrupted(folder: Path, names: list[str]) -> None:
     """Every rank stops inside step 7, two steps after a checkpoint, and goes on from there."""
     for name in names:
@@ -149,10 +163,11 @@ def test_interrupted_ranks_go_on(one_process: Path, two_ranks: Path) -> None:
     assert_same_training(two_ranks / "fssdp-full", broken / "fssdp-full")
 
 
-def test_a_run_goes_on_as_fssdp_and_then_alone(one_process: Path) -> None:
+def test_a_run_goes_on_as_fssdp_then_on_one_rank_and_then_without(one_process: Path) -> None:
     folder = beside(one_process, "moved")
     output = str(folder / "moved")
-    run_distributed(train_as_ep_and_fssdp, 2, folder, output, timeout_s=300)
+    run_distributed(train_until_as, 2, folder, output, [("ep-full", 6), ("fssdp-ddp", 9)], timeout_s=300)
+    train_until_as(folder, output, [("fssdp-ddp", 11)])
     train(layout(folder, "alone", output=output), on_existing="resume")
 
     for key, tolerance in (("loss", 2e-5), ("aux_loss", 1e-4)):
@@ -161,7 +176,7 @@ def test_a_run_goes_on_as_fssdp_and_then_alone(one_process: Path) -> None:
     assert LoadTrace.load(Path(output) / "expert_load.npz").step_N.tolist() == list(range(1, 13))
 
 
-def train_as_ep_and_fssdp(folder: Path, output: str) -> None:
-    for name, step in (("ep-full", 6), ("fssdp-ddp", 11)):
+def train_until_as(folder: Path, output: str, stages: list[tuple[str, int]]) -> None:
+    for name, step in stages:
         with pytest.raises(Interrupted):
             train_until(layout(folder, name, output=output), step=step, on_existing="resume")

@@ -58,6 +58,16 @@ def test_a_run_tells_what_its_experts_did(folder: Path) -> None:
     assert summary == json.loads((Path(config.output) / "summary.json").read_text())
 
 
+def test_the_load_of_a_skipped_step_is_not_counted_into_the_next(folder: Path) -> None:
+    changes = {"parallel__experts": "fssdp", "optimizer__lr": 1e30, "optimizer__grad_clip": None}
+    config = config_of(folder, "diverging", MOE, **changes)
+    train(config)
+
+    assert rows_of(config.output)[-1]["bad_steps"] > 0
+    trace = LoadTrace.load(Path(config.output) / TRACE_FILE)
+    assert (trace.load_NLE.sum(axis=2) == 256 * 2).all()
+
+
 def test_a_dense_run_says_nothing_of_experts(dense: Path) -> None:
     assert not any("expert" in key or key == "aux_loss" for row in rows_of(dense) for key in row)
     assert not (dense / TRACE_FILE).exists()
