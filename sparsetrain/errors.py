@@ -33,6 +33,10 @@ class ClusterError(SparsetrainError):
     """Ray, or the resources asked of it, cannot be had."""
 
 
+class RankLostError(ClusterError):
+    """Another rank has stopped, or did not come to a collective in time; its own output says why."""
+
+
 class TrainingError(SparsetrainError):
     """Training cannot go on: non-finite losses beyond the limit, or memory is exhausted."""
 

@@ -13,11 +13,10 @@ from ray.train.v2.api.callback import UserCallback
 
 from sparsetrain.cluster.events import put_events
 from sparsetrain.errors import SparsetrainError
+from sparsetrain.parallel import lost_a_rank
 
 MAX_RANKS_SHOWN = 6
 """With the lines around them, a summary stays within 15 lines."""
-
-_LOST_PEER = ("connection closed by peer", "connection reset by peer", "connectionreset", "remote process exited")
 
 
 class Cause(Enum):
@@ -63,8 +62,7 @@ class RankError(Exception):
         message = (str(error).strip().splitlines() or [""])[0][:300]
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""
-        lost_peer = any(sign in str(error).lower() for sign in _LOST_PEER)
-        return cls(f"{type(error).__name__}: {message}{place}", lost_peer)
+        return cls(f"{type(error).__name__}: {message}{place}", lost_a_rank(error))
 
 
 class RestartUseless(Exception):

@@ -15,7 +15,7 @@ from sparsetrain.cluster.events import EventSender
 from sparsetrain.cluster.failures import RankError, log_path
 from sparsetrain.cluster.packages import Packages, check_same, find_packages
 from sparsetrain.config import RunConfig
-from sparsetrain.errors import ClusterError, SparsetrainError
+from sparsetrain.errors import ClusterError, RankLostError, SparsetrainError
 from sparsetrain.training import train
 
 
@@ -63,7 +63,7 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
             )
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, SparsetrainError):
+        if isinstance(error, SparsetrainError) and not isinstance(error, RankLostError):
             raise
         raise RankError.from_exception(error) from None
     finally:

@@ -3,6 +3,7 @@
 from sparsetrain.parallel.data_parallel import parallelize_data
 from sparsetrain.parallel.expert_parallel import spread_experts
 from sparsetrain.parallel.fssdp.controller import MoEController, MoEReport
+from sparsetrain.parallel.lost_rank import lost_a_rank, told_if_a_rank_is_lost
 from sparsetrain.parallel.parallelize import parallelize, parallelize_experts, set_gradient_sync
 from sparsetrain.parallel.world import World, join_world
 
@@ -11,9 +12,11 @@ __all__ = [
     "MoEReport",
     "World",
     "join_world",
+    "lost_a_rank",
     "parallelize",
     "parallelize_data",
     "parallelize_experts",
     "set_gradient_sync",
     "spread_experts",
+    "told_if_a_rank_is_lost",
 ]

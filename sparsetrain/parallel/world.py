@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError
@@ -26,6 +26,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta | None = None
+    """How long a collective waits for a rank that does not come; None: torch's default."""
 
     @property
     def is_main(self) -> bool:
@@ -34,9 +36,16 @@ class World:
 
     def mesh(self, shard_size: int) -> DeviceMesh:
         """Ranks as copies x parts: `replicate` copies of the weights, each spread over `shard` consecutive ranks."""
-        return init_device_mesh(
-            self.device.type, (self.size // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
-        )
+        ranks = torch.arange(self.size).view(-1, shard_size)
+        # Not init_device_mesh: its groups would wait for as long as torch does by default, not as the run does.
+        groups = [self._own_group(ranks.mT.tolist()), self._own_group(ranks.tolist())]
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+    def _own_group(self, groups: list[list[int]]) -> dist.ProcessGroup:
+        """Make groups of ranks, in the same order on all; collective. Returns the one that this rank is in."""
+        own: dist.ProcessGroup
+        own, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)  # type: ignore[no-untyped-call]
+        return own
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all ranks, in place."""
@@ -66,7 +75,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
     try:
         if dist.is_initialized():
             _kept_groups.add(dist.group.WORLD)
-            yield World(dist.get_rank(), dist.get_world_size(), device)
+            timeout = timedelta(seconds=config.cluster.collective_timeout_s)
+            yield World(dist.get_rank(), dist.get_world_size(), device, timeout)
         else:
             yield World(0, 1, device)
     finally:

@@ -9,7 +9,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.data import Dataset
 from sparsetrain.engines import Engine
 from sparsetrain.errors import TrainingError
-from sparsetrain.parallel import World, join_world
+from sparsetrain.parallel import World, join_world, told_if_a_rank_is_lost
 from sparsetrain.planning.flops import ModelFlops, parameter_counts
 from sparsetrain.training.accounting import Accountant
 from sparsetrain.training.checkpointing import Checkpoints
@@ -68,8 +68,9 @@ def train(
 
     Raises:
         SparsetrainError: The config does not fit the machine, the data or the run folder; or training had to stop.
+        RankLostError: Another rank has stopped, or did not come to a collective within cluster.collective_timeout_s.
     """
-    with join_world(config) as world, _told_if_out_of_memory(config), contextlib.ExitStack() as opened:
+    with join_world(config) as world, _errors_explained(config), contextlib.ExitStack() as opened:
         datasets = preflight(config, world_size=world.size).datasets
         check_expert_memory(config, world)
         # Only now that nothing else can be wrong: with "overwrite" an old run is deleted here.
@@ -212,9 +213,11 @@ def _finish(run: Run, state: RunState, peak_flops: float) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _told_if_out_of_memory(config: RunConfig) -> Iterator[None]:
+def _errors_explained(config: RunConfig) -> Iterator[None]:
+    """Say what helps where memory has run out, and where to look when another rank is gone."""
     try:
-        yield
+        with told_if_a_rank_is_lost(config):
+            yield
     except (RuntimeError, MemoryError) as error:
         advice = out_of_memory_advice(error, config.train.micro_batch_size)
         if advice is None:

@@ -9,7 +9,7 @@ from sparsetrain.cluster.failures import RankError
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.worker import WorkerTask, run_worker
 from sparsetrain.config import load_config
-from sparsetrain.errors import ClusterError, DataError
+from sparsetrain.errors import ClusterError, DataError, RankLostError
 
 CONFIG = load_config(Path(__file__).parents[3] / "configs" / "quick.yaml")
 
@@ -68,3 +68,11 @@ def test_errors_of_the_users_stay_and_others_become_text(
     with pytest.raises(RankError, match=r"KeyError: 'key' \(test_worker.py:\d+, train\)"):
         run_worker(task)
     assert capsys.readouterr().err.count("Traceback") == 2, "the log holds each traceback once"
+
+
+def test_a_worker_that_lost_another_is_restarted(task: WorkerTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The person cannot mend it, so it must not end the run as their mistakes do."""
+    replace_train(monkeypatch, RankLostError("another rank has stopped"))
+    with pytest.raises(RankError) as raised:
+        run_worker(task)
+    assert raised.value.lost_peer
