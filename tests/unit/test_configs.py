@@ -1,0 +1,76 @@
+"""The runs that come with the project, with their models built on the meta device."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsetrain.config import RunConfig, check_world, load_config
+from sparsetrain.models import Transformer
+from sparsetrain.moe import Experts, moe_layers
+from sparsetrain.moe.placement import ExpertBytes, own_evenly, owned_bytes
+from sparsetrain.planning.flops import parameter_counts
+from sparsetrain.sparsity import describe_parameters, match_rules
+from sparsetrain.training.setup import max_seq_len
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def by_name(name: str) -> RunConfig:
+    return load_config(next(path for path in CONFIGS if path.name == name))
+
+
+def build(config: RunConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config.model, config.model.vocab_size or 2048, max_seq_len(config))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_fits_its_ranks_and_its_rules_match_weights(path: Path) -> None:
+    config = load_config(path)
+    check_world(config, config.cluster.workers)
+    parameters = describe_parameters(build(config))
+
+    for phase in config.phases:
+        if phase.sparsity != "keep":
+            assert all(match_rules(phase.sparsity, parameters))
+
+
+@pytest.mark.parametrize(("name", "biases"), [("moe_ep_tiny.yaml", 4 * 8), ("moe_fssdp_tiny.yaml", 0)])
+def test_the_small_mixtures_are_one_model_of_which_a_token_uses_less_than_half(name: str, biases: int) -> None:
+    counts = parameter_counts(build(by_name(name)))
+
+    expert = 3 * 256 * 256
+    layer = 4 * 256 * 256 + 2 * 256 + 8 * 256 + 8 * expert  # attention, norms, router, experts
+    assert counts.total == 4 * layer + 2 * 2048 * 256 + 256 + biases
+    assert counts.total - counts.active == 4 * 6 * expert
+    assert counts.active < counts.total / 2
+
+
+def test_a_rule_for_experts_owns_all_their_weights_and_no_router() -> None:
+    config = by_name("moe_fssdp_tiny.yaml")
+    (mine,) = match_rules(config.sparsity, describe_parameters(build(config)))
+
+    assert sorted(weight.name for weight in mine) == sorted(
+        f"layers.{layer}.moe.experts.{expert}.{part}"
+        for layer in range(4)
+        for expert in range(8)
+        for part in ("gate", "up", "down")
+    )
+
+
+def test_mixtral_has_its_published_size_and_fits_the_gpus_that_it_names() -> None:
+    config = by_name("moe_fssdp_8x7b.yaml")
+    model = build(config)
+    counts = parameter_counts(model)
+    assert counts.total / 1e9 == pytest.approx(46.7, abs=0.05)
+    assert counts.active / 1e9 == pytest.approx(12.9, abs=0.05)
+
+    layers = moe_layers(model)
+    experts = layers[0][1].experts
+    assert isinstance(experts, Experts)
+    assert config.parallel.ep is not None
+    owners_LE = own_evenly(len(layers), experts.num_experts, config.parallel.ep)
+    with_gradients = ExpertBytes(experts.spec.numel, state_itemsize=4 + 8)
+    for rank in range(config.parallel.ep):
+        assert owned_bytes(owners_LE, rank, with_gradients) / 1e9 == pytest.approx(90, abs=0.5)
