@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsetrain.errors import ConfigError, SparsetrainError
     from sparsetrain.models import Transformer
     from sparsetrain.moe import MoELayer, auxiliary_loss
+    from sparsetrain.parallel import MoEController, parallelize
     from sparsetrain.sharding import FlatPartition, WeightShard, clip_grads_, global_grad_norm, weight_shards
     from sparsetrain.sparsity import Sparsifier
     from sparsetrain.training import evaluate_run, generate_text, train
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "Dataset",
     "FlatPartition",
+    "MoEController",
     "MoELayer",
     "ModelConfig",
     "RunConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "generate_text",
     "global_grad_norm",
     "load_config",
+    "parallelize",
     "prepare",
     "run_on_ray",
     "submit",
@@ -59,6 +62,7 @@ _ROOMS = {
     "errors": ("ConfigError", "SparsetrainError"),
     "models": ("Transformer",),
     "moe": ("MoELayer", "auxiliary_loss"),
+    "parallel": ("MoEController", "parallelize"),
     "sharding": ("FlatPartition", "WeightShard", "clip_grads_", "global_grad_norm", "weight_shards"),
     "sparsity": ("Sparsifier",),
     "training": ("evaluate_run", "generate_text", "train"),

@@ -40,6 +40,6 @@ def told_if_a_rank_is_lost(config: RunConfig) -> Iterator[None]:
         where = f", {notes[0]}" if notes else ""  # what was being done, if the collective's caller has noted it
         raise RankLostError(
             f"another rank has stopped, or did not come within cluster.collective_timeout_s="
-            f"{config.cluster.collective_timeout_s:g}{where} ({_first_sentence(error)}). Its own output says why; go on "
-            "from the last checkpoint with --resume"
+            f"{config.cluster.collective_timeout_s:g}{where} ({_first_sentence(error)}). Its own output says why; go "
+            "on from the last checkpoint with --resume"
         ) from error

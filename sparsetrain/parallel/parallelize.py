@@ -76,8 +76,9 @@ def parallelize_experts(
 ) -> list[Runtime]:
     """Replace the experts of every MoELayer by ones spread over ranks; nothing else changes.
 
-    The owned experts of all layers of one shape become the rows of one `ExpertStore`, which the model gets as a
-    submodule. Weights on the meta device stay there, to be materialised and initialised through their shards.
+    The owned experts of all layers of one shape become the rows of one `ExpertStore`, a submodule of the first of these
+    layers' experts (not of the model, which may be an nn.Sequential and would run it). Weights on the meta device stay
+    there, to be materialised and initialised through their shards.
 
     Raises:
         ShardingError: The model has no MoELayers, or has been parallelized before.
@@ -87,7 +88,7 @@ def parallelize_experts(
     if not layers:
         raise ShardingError(f'experts="{kind}": {type(model).__name__} holds no MoELayer; pass experts=None')
     runtimes = []
-    for index, ((spec, num_experts), members) in enumerate(_by_shape(layers, kind).items()):
+    for (spec, num_experts), members in _by_shape(layers, kind).items():
         paths = [f"{path}.experts" if path else "experts" for path, _, _ in members]
         first = members[0][2].w_in
         store = ExpertStore(
@@ -98,7 +99,7 @@ def parallelize_experts(
         for at, (_, layer, experts) in enumerate(members):
             store.adopt(at, experts)
             layer.experts = ShardedExperts(runtime, at)
-        model.add_module(f"expert_store_{index}", store)
+        members[0][1].experts.add_module("store", store)
         model.register_forward_pre_hook(lambda *_, runtime=runtime: runtime.begin_forward())
         runtimes.append(runtime)
     return runtimes

@@ -1,19 +1,50 @@
 """What the README shows is what there is."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from sparsetrain.config import check_world, load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_library_snippet_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
+MASKS, EXPERTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_snippet_of_masks_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(MASKS, "README.md", "exec"), {})
     density, numel = re.fullmatch(r"([\d.]+) of (\d+) weights are not zero\n", capsys.readouterr().out).groups()
     assert (float(density), int(numel) > 100_000) == (0.25, True)
+
+
+def test_the_snippet_of_experts_trains_on_two_ranks_in_forty_lines(tmp_path: Path) -> None:
+    assert len(EXPERTS.splitlines()) <= 40
+    script = tmp_path / "experts.py"
+    script.write_text(EXPERTS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"loss ([\d.]+), fullest rank ([\d.]+) x the mean, \d+ replicas", done.stdout)
+    assert len(said) == 2
+    assert float(said[1][0]) < 0.9 * float(said[0][0])
+    assert all(1 <= float(imbalance) < 1.5 for _, imbalance in said)
+
+
+def test_the_yaml_of_experts_is_a_run(tmp_path: Path) -> None:
+    (experts,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    rest = "data: {seq_len: 64}\ntrain: {tokens: 4Ki, batch_tokens: 1Ki}\ncluster: {workers: 2}\nname: run\n"
+    path = tmp_path / "run.yaml"
+    path.write_text(experts.replace("model:\n", "model:\n  dim: 8\n  num_layers: 1\n  num_heads: 2\n") + rest)
+    config = load_config(path)
+
+    assert config.parallel.experts == "fssdp"
+    check_world(config, 4)
 
 
 def test_every_file_and_folder_that_it_names_is_there() -> None:
