@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.expert_ffn.activation import activate, activate_backward
+from sparsetrain_kernels.memory import new_result
 
 Biases = Sequence[Tensor] | None
 
@@ -103,7 +104,7 @@ class Scratch:
     def take(self, name: str, block: Block, dim: int) -> Tensor:
         """The buffer of that name, [rows of the block, dim]; what it held is lost."""
         if name not in self._buffers:
-            self._buffers[name] = self._like.new_empty(self._num_rows, dim)
+            self._buffers[name] = new_result(self._like, self._num_rows, dim)
         return self._buffers[name][: block.rows.stop - block.rows.start]
 
 

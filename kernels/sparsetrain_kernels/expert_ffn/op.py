@@ -172,6 +172,7 @@ def _save_for_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     x_RD, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
     _, h_RH, w_in_C, w_out_C = output
     ctx.dtype = w_in.dtype
+    ctx.set_materialize_grads(False)  # what is kept for the backward pass has none
     ctx.save_for_backward(x_RD, h_RH, counts_E, _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out)
 
 
@@ -261,6 +262,7 @@ def _save_for_moe_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     x_TD, token_R, weight_R, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
     _, h_RH, y_RD, w_in_C, w_out_C = output
     ctx.dtype = w_in.dtype
+    ctx.set_materialize_grads(False)  # what is kept for the backward pass has none
     weights = _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out
     ctx.save_for_backward(x_TD, h_RH, y_RD, token_R, weight_R, counts_E, *weights)
 
