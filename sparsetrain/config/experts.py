@@ -36,7 +36,9 @@ class FssdpConfig(Section):
     reshard_every_steps: Int = Field(default=100, ge=0)
     """How often experts may change owners; 0 for never."""
     replan: Literal["auto", "never", "always"] = "auto"
-    """Make a new plan once the router has spoken: where measured costs say that it pays, never, or always."""
+    """Make a new plan once the router has spoken: where measured costs say that it pays, never, or always. With auto
+    alone are replicas left out where measured costs say that they do not pay; with the others (and a `pipeline` that is
+    a number) nothing depends on measurements, and a run on the same CPUs repeats bitwise."""
     rematerialise: bool = False
     """Free replicas after the forward pass and gather them again in the backward pass: less memory, more transfers."""
     dispatch: Literal["capacity", "paper"] = "capacity"

@@ -1,15 +1,17 @@
 """Ranks plan for themselves; these make sure that they come to the same, before a collective waits for ever."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sparsetrain.errors import PlacementError
 from sparsetrain.moe.placement import Placement
+from sparsetrain.moe.placement.topology import IntArray
 
 
 def check_placements(placements: Sequence[Placement], paths: Sequence[str], group: ProcessGroup) -> None:
@@ -24,20 +26,37 @@ def check_placements(placements: Sequence[Placement], paths: Sequence[str], grou
         PlacementError: On every rank, if one rank's plan differs; it names ranks, layer and both plans.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    own = torch.tensor([placement.fingerprint for placement in placements], dtype=torch.int64, device=device)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
-    prints_SL = torch.stack(every).cpu().numpy()
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    prints_SL = gather_counts(none, [placement.fingerprint for placement in placements], group)[1]
     differing = np.argwhere(prints_SL != prints_SL[0])
     if len(differing):
         rank, layer = differing[0]
-        raise_mismatch(int(rank), lambda: described(placements[layer]), group, f"place experts of {paths[layer]}")
+        raise_mismatch(int(rank), described(placements[layer]), group, f"place experts of {paths[layer]}")
 
 
-def raise_mismatch(other: int, describe: Callable[[], object], group: ProcessGroup, what: str) -> NoReturn:
+def gather_counts(counts_E: Tensor, agreed: Sequence[int], group: ProcessGroup) -> tuple[IntArray, IntArray]:
+    """Every rank's numbers of rows, and the numbers that ranks are to agree on; collective, waits for the device.
+
+    Args:
+        counts_E: int64, this rank's rows for each expert.
+        agreed: A numbers of this rank, for example fingerprints of plans.
+        group: The S ranks.
+
+    Returns:
+        counts_SE: int64.
+        agreed_SA: int64.
+    """
+    own = torch.cat([counts_E, torch.tensor(agreed, dtype=torch.int64, device=counts_E.device)])
+    every = own.new_empty(dist.get_world_size(group), len(own))
+    dist.all_gather(list(every.unbind()), own, group=group)
+    table: IntArray = every.cpu().numpy()
+    return table[:, : len(counts_E)], table[:, len(counts_E) :]
+
+
+def raise_mismatch(other: int, plan: object, group: ProcessGroup, what: str) -> NoReturn:
     """Stop, naming what the first rank of the group and another one planned; collective."""
     plans: list[object] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(plans, describe(), group=group)
+    dist.all_gather_object(plans, plan, group=group)
     ranks = dist.get_process_group_ranks(group)
     raise PlacementError(
         f"ranks {ranks[0]} and {ranks[other]} {what} differently: {plans[0]} and {plans[other]}. Plans are functions "

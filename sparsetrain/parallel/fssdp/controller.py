@@ -1,6 +1,5 @@
 """What happens to a model's experts between two steps: load is added up, routers learn of it, new plans are made."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ class MoEReport:
     device_imbalance: float
     """Rows of the fullest rank of an expert group over their mean, the mean over layers; 1 where nothing is spread."""
     replicas: int
-    """Copies of experts besides their owners' in the next step, all layers and ranks of an expert group."""
+    """Copies of experts besides their owners', all layers and ranks of an expert group; the mean over passes."""
     moved_bytes: int
     """Bytes of experts (weights, gradients, optimizer state) that came to a rank over the wire, all ranks."""
     degree: int
@@ -84,7 +83,6 @@ class MoEController:
         """Of the latest."""
         if optimizer is not None:
             self._handles.append(optimizer.register_step_post_hook(lambda *_: self._follow()))
-        self._began = time.perf_counter()
 
     def detach(self) -> None:
         """Stop following the optimizer."""
@@ -110,12 +108,11 @@ class MoEController:
             load_LE=load_LE,
             dropped=sum(int(load.dropped) for load in loads),
             device_imbalance=sum(total.imbalance for total in measured) / calls if calls else 1.0,
-            replicas=sum(placement.num_replicas for runtime in runtimes for placement in runtime.placements),
+            replicas=round(sum(total.replicas for total in measured) * len(self._layers) / calls) if calls else 0,
             moved_bytes=sum(int(total.moved_bytes) for total in measured),
             degree=max((runtime.degree for runtime in runtimes), default=1),
             resharded=resharded,
         )
-        self._began = time.perf_counter()
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,16 +136,17 @@ class MoEController:
         """Groups over which sums, one after the other, are sums over all data-parallel ranks."""
         if self._planners:
             groups = self._planners[0].runtime.store.groups
+            if groups.world_size == dist.get_world_size():
+                return [_world()] if groups.world_size > 1 else []
             return [g for g in (groups.experts, groups.replicate) if g is not None and dist.get_world_size(g) > 1]
         if group is None and dist.is_initialized():
-            group = dist.group.WORLD
+            group = _world()
         return [group] if group is not None and dist.get_world_size(group) > 1 else []
 
     def _sum_over_ranks(self) -> tuple[list[Load], list[Measured]]:
         """Everything that ranks must agree on, in one vector: exact, as counts stay far below 2^53."""
-        step_s = time.perf_counter() - self._began
         loads = [layer.load.take().values for layer in self._layers]
-        measured = [torch.tensor(planner.measure(step_s).values, dtype=torch.float64) for planner in self._planners]
+        measured = [torch.tensor(planner.measure().values, dtype=torch.float64) for planner in self._planners]
         parts = [*(load.double().cpu() for load in loads), *measured]
         total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
         if self._groups:
@@ -176,6 +174,12 @@ def runtimes_of(model: nn.Module) -> list[Runtime]:
         if isinstance(layer.experts, ShardedExperts):
             found.setdefault(id(layer.experts.runtime), layer.experts.runtime)
     return list(found.values())
+
+
+def _world() -> ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -46,6 +46,8 @@ class Exchange:
     order_R: Tensor
     """int64: the rows of the routing, in the order in which they are sent."""
     chunks: list[Chunk]
+    counts_E: list[int]
+    """Rows of the routing for each expert."""
 
     @classmethod
     def of(cls, dispatch: Dispatch, rank: int, degree: int, device: torch.device) -> "Exchange":
@@ -62,7 +64,7 @@ class Exchange:
         every_source = np.arange(len(slots_D))
         in_turn = np.lexsort((slot_P, device_P, chunk_P))
         # A rank's rows are sorted by expert; those of an expert go to its holders in turn: the order of pairs.
-        order_R = _ranges((np.cumsum(sent_P) - sent_P)[in_turn], sent_P[in_turn])
+        order_R = _on(device, _ranges((np.cumsum(sent_P) - sent_P)[in_turn], sent_P[in_turn]))
         chunks, first = [], 0
         for chunk in range(degree):
             inside_P = chunk_P == chunk
@@ -74,7 +76,7 @@ class Exchange:
                 _chunk(dispatch.deliveries.rows(here, every_source), slots, slice(first, end), sent_to, device)
             )
             first = end
-        return cls(torch.from_numpy(order_R).to(device), chunks)
+        return cls(order_R, chunks, dispatch.counts_ES[:, rank].tolist())
 
 
 def _chunk(rows_HS: IntArray, slots: slice, sent: slice, sent_to: IntArray, device: torch.device) -> Chunk:
@@ -82,7 +84,7 @@ def _chunk(rows_HS: IntArray, slots: slice, sent: slice, sent_to: IntArray, devi
     rows_SH = rows_HS.T
     starts_SH = (np.cumsum(rows_SH) - rows_SH.ravel()).reshape(rows_SH.shape)
     is_in_order = (rows_SH > 0).sum() <= 1 or min(rows_HS.shape) <= 1
-    by_slot = None if is_in_order else torch.from_numpy(_ranges(starts_SH.T.ravel(), rows_HS.ravel())).to(device)
+    by_slot = None if is_in_order else _on(device, _ranges(starts_SH.T.ravel(), rows_HS.ravel()))
     return Chunk(
         slots=slots,
         counts=rows_HS.sum(axis=1).tolist(),
@@ -91,6 +93,12 @@ def _chunk(rows_HS: IntArray, slots: slice, sent: slice, sent_to: IntArray, devi
         received_from=rows_HS.sum(axis=0).tolist(),
         by_slot=by_slot,
     )
+
+
+def _on(device: torch.device, array: IntArray) -> Tensor:
+    """Copy to a device; neither waits for the other."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _ranges(start_N: IntArray, length_N: IntArray) -> IntArray:

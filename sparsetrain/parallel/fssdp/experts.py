@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sparsetrain.moe import Routing
+from sparsetrain.parallel.fssdp.calls import Call
 from sparsetrain.parallel.fssdp.collectives import Transfer
 from sparsetrain.parallel.fssdp.exchange import Chunk
 from sparsetrain.parallel.fssdp.replicas import LocalExperts
-from sparsetrain.parallel.fssdp.runtime import Call, Runtime
+from sparsetrain.parallel.fssdp.runtime import Runtime
 from sparsetrain.sharding import MomentsOf, WeightShard
 
 
@@ -46,7 +47,9 @@ class ShardedExperts(nn.Module):
         call = self.runtime.begin(self.layer, routing, dtype)
         # A weight among the inputs makes the backward pass come here also on a rank whose tokens need no gradient.
         anchor = self.runtime.store.stack("w_in")
-        y_TD: Tensor = _Exchanged.apply(x_TD.to(dtype), routing.weight_R, anchor, routing.token_R, call)  # type: ignore[no-untyped-call]
+        y_TD: Tensor = _Exchanged.apply(  # type: ignore[no-untyped-call]
+            x_TD.to(dtype), routing.weight_R, anchor, routing.token_R, call, self.runtime
+        )
         self.runtime.end(call)
         return y_TD
 
@@ -67,22 +70,25 @@ class _Exchanged(torch.autograd.Function):
     """Rows to their experts and back, chunk by chunk; each chunk travels while another one is computed."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_R: Tensor, _: Tensor, token_R: Tensor, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_R: Tensor, _: Tensor, token_R: Tensor, call: Call, runtime: Runtime
+    ) -> Tensor:
         order_R = call.exchange.order_R
         token, weight = token_R[order_R], weight_R[order_R]
-        experts = call.local_experts(keep=ctx.needs_input_grad[2])
         kept: list[tuple[Tensor, ...]] = []
 
-        def compute(chunk: Chunk, x: Tensor) -> Tensor:
-            x = _by_slot(x, chunk)
-            w_in, w_out, b_in, b_out = _slots(experts, chunk)
-            y, saved = expert_ffn_forward(x, chunk.counts, w_in, w_out, b_in, b_out, call.activation)
-            kept.append((x, *saved))
-            return _by_source(y, chunk)
+        with call.timed():
+            experts = call.local_experts(keep=ctx.needs_input_grad[2])
 
-        with call.runtime.layer_watch.measure(1):
+            def compute(chunk: Chunk, x: Tensor) -> Tensor:
+                x = _by_slot(x, chunk)
+                w_in, w_out, b_in, b_out = _slots(experts, chunk)
+                y, saved = expert_ffn_forward(x, chunk.counts, w_in, w_out, b_in, b_out, call.activation)
+                kept.append((x, *saved))
+                return _by_source(y, chunk)
+
             y = _pipelined(rows.gather(x_TD, token), call, compute, "the experts")
-        ctx.call, ctx.num_tokens = call, len(x_TD)
+        ctx.call, ctx.runtime, ctx.num_tokens = call, runtime, len(x_TD)
         ctx.num_kept = [len(tensors) for tensors in kept]
         ctx.save_for_backward(order_R, token, weight, y, *(tensor for tensors in kept for tensor in tensors))
         return rows.combine(y, weight, token, len(x_TD))
@@ -92,25 +98,25 @@ class _Exchanged(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         order_R, token, weight, y, *kept = ctx.saved_tensors
-        call.begin_backward()
-        experts, grads = call.local_experts(keep=True), call.gradients()
         tensors, sizes = iter(kept), iter(ctx.num_kept)
-
-        def compute(chunk: Chunk, dy: Tensor) -> Tensor:
-            x, *saved = islice(tensors, next(sizes))
-            dx = expert_ffn_backward(
-                _by_slot(dy, chunk), x, tuple(saved), chunk.counts,
-                *_slots(experts, chunk), call.activation, *_slots(grads, chunk),
-            )  # fmt: skip
-            return _by_source(dx, chunk)
-
+        ctx.runtime.begin_backward(call)
         dy, dweight = rows.combine_backward(dy_TD.to(y.dtype).contiguous(), y, weight, token)
-        with call.runtime.layer_watch.measure(1):
+        with call.timed():
+            experts, grads = call.local_experts(keep=True), call.gradients()
+
+            def compute(chunk: Chunk, dy: Tensor) -> Tensor:
+                x, *saved = islice(tensors, next(sizes))
+                dx = expert_ffn_backward(
+                    _by_slot(dy, chunk), x, tuple(saved), chunk.counts,
+                    *_slots(experts, chunk), call.activation, *_slots(grads, chunk),
+                )  # fmt: skip
+                return _by_source(dx, chunk)
+
             dx = _pipelined(dy, call, compute, "the gradients of the experts")
-        call.end_backward()
+            ctx.runtime.end_backward(call)
         dx_TD = rows.combine(dx, None, token, ctx.num_tokens) if ctx.needs_input_grad[0] else None
         dweight_R = torch.empty_like(dweight).index_copy_(0, order_R, dweight)
-        return dx_TD, dweight_R, None, None, None
+        return dx_TD, dweight_R, None, None, None, None
 
 
 def _pipelined(sent: Tensor, call: Call, compute: Callable[[Chunk, Tensor], Tensor], what: str) -> Tensor:
@@ -122,7 +128,7 @@ def _pipelined(sent: Tensor, call: Call, compute: Callable[[Chunk, Tensor], Tens
     for chunk, transfer in zip(chunks, coming, strict=True):
         computed = transfer.wait()
         if chunk.counts:  # else a rank of few slots has none in this chunk, and nothing came
-            with call.timed(chunk.num_received):
+            with call.timed_experts(chunk.num_received):
                 computed = compute(chunk, computed)
         going.append(Transfer(computed, chunk.received_from, chunk.sent_to, group, what=what))
     returned = [transfer.wait() for transfer in going]

@@ -19,7 +19,7 @@ from sparsetrain.moe.placement import CostModel, LoadForecast, Placement, dispat
 from sparsetrain.moe.placement.topology import FloatArray, IntArray
 from sparsetrain.parallel.fssdp.adaptivity import Trial
 from sparsetrain.parallel.fssdp.agreement import check_placements
-from sparsetrain.parallel.fssdp.runtime import Runtime
+from sparsetrain.parallel.fssdp.runtime import Runtime, most_replicas
 from sparsetrain.parallel.fssdp.store import Traffic
 
 _DEGREES = (1, 2, 4)
@@ -36,12 +36,14 @@ class Measured:
     """Rows that they were given, those of the forward and the backward pass counted apart."""
     layer_s: float = 0.0
     """Seconds from when rows set out until they were back."""
-    step_s: float = 0.0
-    """Seconds since the step before."""
+    model_s: float = 0.0
+    """Seconds of forward and backward passes of the whole model."""
     calls: float = 0.0
-    """Forward passes of layers."""
+    """Forward passes of layers, those with gradients."""
     imbalance: float = 0.0
     """Rows of the fullest rank over the mean, summed over calls."""
+    replicas: float = 0.0
+    """Replicas on all ranks of an expert group, summed over calls."""
     moved_bytes: float = 0.0
     """Bytes of experts that came here."""
     ranks: float = 1.0
@@ -61,24 +63,25 @@ class StepPlanner:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime, self._options = runtime, runtime.options
-        spec = runtime.store.spec
         self._forecast = LoadForecast(self._options.forecast_steps)
         self._since_resharding: FloatArray | None = None
         self._steps_since = 0
         self._byte_s = _seconds_per_byte(runtime) if runtime.store.groups.size > 1 else 0.0
-        self._replica_bytes = spec.numel * runtime.store.stack("w_in").element_size()
+        slots = -(-runtime.store.num_experts // runtime.store.groups.size)
         fixed = isinstance(self._options.pipeline, int) or runtime.store.groups.size == 1
-        self._degree = Trial((runtime.degree,) if fixed else _DEGREES)
+        self._degree = Trial([runtime.degree] if fixed else [degree for degree in _DEGREES if degree <= slots])
 
-    def measure(self, step_s: float) -> Measured:
+    def measure(self) -> Measured:
         """What this rank measured since it was last asked."""
         runtime = self.runtime
         expert_s, rows = runtime.expert_watch.take()
         layer_s, _ = runtime.layer_watch.take()
-        calls, imbalance = runtime.take_calls()
+        model_s, _ = runtime.model_watch.take()
+        calls, imbalance, replicas = runtime.calls, runtime.imbalance, runtime.used_replicas
+        runtime.calls, runtime.imbalance, runtime.used_replicas = 0, 0.0, 0
         traffic, runtime.store.traffic = runtime.store.traffic, Traffic()
         moved = traffic.gathered + traffic.reduced + traffic.moved
-        return Measured(expert_s, rows, layer_s, step_s, calls, imbalance, moved)
+        return Measured(expert_s, rows, layer_s, model_s, calls, imbalance, replicas, moved)
 
     def plan(self, load_LE: IntArray, total: Measured, optimizer: Optimizer | None) -> bool:
         """Make the next step's plans; collective.
@@ -149,9 +152,9 @@ class StepPlanner:
             return None
         return CostModel(
             row_s=2 * total.expert_s / total.rows,
-            expert_bytes=self._replica_bytes,
+            expert_bytes=self.runtime.store.expert_bytes(self.runtime.compute_dtype),
             byte_s=self._byte_s,
-            free_s=max(0.0, total.step_s - total.layer_s) / total.calls,
+            free_s=max(0.0, total.model_s - total.layer_s) / total.calls,
         )
 
     def _place(self, total: Measured) -> None:
@@ -165,24 +168,27 @@ class StepPlanner:
             mean_LE, store.owners_LE, topology,
             slots=self._options.spare_slots, hot=self._options.hot_experts, method=self._options.placement,
         )  # fmt: skip
-        passes = max(1.0, total.calls / total.ranks / store.num_layers)  # of a layer in a step
-        self.runtime.placements = [
-            placement if self._pays(load_E / passes, alone, placement) else alone
-            for load_E, alone, placement in zip(mean_LE, owned, placements, strict=True)
-        ]
+        if self._options.replan == "auto":  # else nothing that is measured has a say
+            groups, passes = store.groups, max(1.0, total.calls / total.ranks / store.num_layers)
+            rows_LE = mean_LE / passes / groups.num_groups  # of a pass, in one expert group
+            placements = [
+                placement if self._pays(rows_E, alone, placement) else alone
+                for rows_E, alone, placement in zip(rows_LE, owned, placements, strict=True)
+            ]
+        self.runtime.placements = placements
 
-    def _pays(self, load_E: FloatArray, alone: Placement, placement: Placement) -> bool:
+    def _pays(self, rows_E: FloatArray, alone: Placement, placement: Placement) -> bool:
         """Whether a layer is faster with the replicas than without, tokens coming evenly from all ranks."""
         cost, num_devices = self.runtime.cost, self.runtime.topology.num_devices
         if cost is None or placement == alone:
             return True
-        counts_SE = np.tile(np.rint(load_E / num_devices).astype(np.int64), (num_devices, 1))
-        rows = [
-            float(dispatch(counts_SE, held, self.runtime.topology, method=self._options.dispatch).load_D.max())
-            for held in (alone, placement)
-        ]
-        most = int((placement.holders_ED.sum(axis=0) - alone.holders_ED.sum(axis=0)).max())
-        return cost.layer_s(rows[1], most) < cost.layer_s(rows[0], 0)
+        rows_alone = float(np.bincount(alone.owner_E, rows_E, num_devices).max())
+        replicas = most_replicas(placement)
+        if cost.layer_s(rows_E.sum() / num_devices, replicas) >= cost.layer_s(rows_alone, 0):
+            return False  # not even if it made all ranks equally full
+        counts_SE = np.tile(np.rint(rows_E / num_devices).astype(np.int64), (num_devices, 1))
+        plan = dispatch(counts_SE, placement, self.runtime.topology, method=self._options.dispatch)
+        return cost.layer_s(float(plan.load_D.max()), replicas) < cost.layer_s(rows_alone, 0)
 
 
 def _seconds_per_byte(runtime: Runtime) -> float:
