@@ -1,0 +1,158 @@
+"""Passes in flight, transfers ahead of their layers, and loads at the edge, on two ranks."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsetrain.config.experts import FssdpConfig
+from sparsetrain.moe import MoELayer
+from sparsetrain.moe.placement import Placement
+from sparsetrain.parallel import parallelize
+from sparsetrain.parallel.fssdp.controller import runtimes_of
+from sparsetrain.sharding import weight_shards
+from sparsetrain.testing import assert_close, run_distributed
+
+DIM, NUM_EXPERTS = 8, 4
+
+
+class Model(nn.Module):
+    """Two MoE layers, called last to first if `is_reversed`."""
+
+    def __init__(self, *, checkpointed: bool = False, is_reversed: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed, self.is_reversed = checkpointed, is_reversed
+        self.layers = nn.ModuleList(MoELayer(DIM, 12, NUM_EXPERTS, 2) for _ in range(2)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in reversed(self.layers) if self.is_reversed else self.layers:
+            x = x + (checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x))
+        return x
+
+
+def spread(model: Model, **options: Any) -> nn.Module:
+    """The model over both ranks, the second expert of the first rank replicated on the second one and vice versa."""
+    parallelize(model, experts="fssdp", options=FssdpConfig(replan="never", pipeline=2, **options), shard=None)
+    (runtime,) = runtimes_of(model)
+    for at, owner_E in enumerate(runtime.store.owners_LE):
+        holders_ED = Placement.of_owners(owner_E, 2).holders_ED
+        holders_ED[[1, 2]] = True
+        runtime.placements[at] = Placement(owner_E, holders_ED)
+    return model
+
+
+def inputs(sizes: list[int], seed: int) -> Tensor:
+    """This rank's tokens."""
+    x = torch.randn(sum(sizes), DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.split(sizes)[dist.get_rank()]
+
+
+def assert_same_gradients(model: nn.Module, oracle: nn.Module) -> None:
+    """Gradients are means over ranks, the oracle's sums."""
+    wanted = {shard.name: shard for shard in weight_shards(oracle)}
+    for shard in weight_shards(model):
+        if ".experts." in shard.name:
+            gradient, expected = shard.local_grad(), wanted[shard.name].local_grad()
+            assert gradient is not None
+            assert expected is not None
+            assert_close(gradient * 2, shard.cut(expected), rtol=1e-9)
+
+
+def check_two_passes_in_flight() -> None:
+    """The second rank has no tokens: its own numbers do not tell it which pass is being recomputed."""
+    passes = [inputs([size, 0], seed) for seed, size in enumerate((9, 14))]
+    oracle = Model()
+    for seed, size in enumerate((9, 14)):
+        x = torch.randn(size, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        oracle(x).square().sum().backward()
+    for order in ([0, 1], [1, 0]):
+        for rematerialise in (False, True):
+            model = spread(Model(checkpointed=True), rematerialise=rematerialise)
+            losses = [model(x.clone().requires_grad_()).square().sum() for x in passes]
+            for which in order:
+                losses[which].backward()
+            assert_same_gradients(model, oracle)
+
+
+def check_order_of_transfers() -> None:
+    """From the second pass on, replicas set out when the layer before is done, whatever order layers are called in."""
+    model = spread(Model(is_reversed=True))
+    (runtime,) = runtimes_of(model)
+    events: list[str] = []
+    gather, begin = runtime.store.start_gather, runtime.begin
+
+    def start_gather(layer: int, *rest: Any) -> Any:
+        events.append(f"gather {layer}")
+        return gather(layer, *rest)
+
+    def begin_layer(layer: int, *rest: Any) -> Any:
+        events.append(f"layer {layer}")
+        return begin(layer, *rest)
+
+    runtime.store.start_gather, runtime.begin = start_gather, begin_layer  # type: ignore[method-assign]
+    x = inputs([3, 4], 0)
+    with torch.no_grad():
+        model(x)
+        events.clear()
+        model(x)
+    assert events == ["gather 1", "layer 1", "gather 0", "layer 0"]
+
+
+def check_replicas_of_old_weights_are_not_used() -> None:
+    """A pass that ends early leaves replicas on their way; a step later they are old."""
+    model = spread(Model())
+    runtime = runtimes_of(model)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = inputs([6, 5], 0)
+    runtime.begin_forward()
+    model.layers[0](x).sum().backward()  # the replicas of the second layer have set out
+    optimizer.step()
+    found = model.layers[1](x)
+    fresh = spread(Model())
+    for ours, theirs in zip(weight_shards(fresh), weight_shards(model), strict=True):
+        ours.local_weight().copy_(theirs.local_weight())
+    assert_close(found, fresh.layers[1](x))
+
+
+def check_all_tokens_to_one_rank() -> None:
+    """Every row wants one of two experts of the first rank, one of which the second rank holds, too."""
+    oracle, model = Model(), spread(Model())
+    for either in (oracle, model):
+        for layer in either.layers:
+            with torch.no_grad():
+                layer.router.weight.fill_(-1.0)
+                layer.router.weight[:2] = torch.tensor([[2.0], [1.0]])
+    x = inputs([5, 8], 0).abs()
+    model(x).square().sum().backward()
+    whole = torch.randn(13, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64).abs()
+    oracle(whole).square().sum().backward()
+    assert_same_gradients(model, oracle)
+    plan = runtimes_of(model)[0].last_plans[0]
+    assert plan.counts_ES[2:].sum() == 0
+    assert plan.load_D.sum() == 26
+    assert plan.load_D.max() <= 14
+
+
+def check_bf16_autocast() -> None:
+    oracle, model = Model().float(), spread(Model().float())
+    x = inputs([300, 200], 0).float()
+    whole = torch.randn(500, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = model.layers[0](x), oracle.layers[0](whole)
+        assert found.dtype == expected.dtype == torch.bfloat16
+        assert_close(found, expected.split([300, 200])[dist.get_rank()])
+
+
+def check_all() -> None:
+    check_two_passes_in_flight()
+    check_order_of_transfers()
+    check_replicas_of_old_weights_are_not_used()
+    check_all_tokens_to_one_rank()
+    check_bf16_autocast()
+
+
+def test_passes_in_flight_transfers_and_lopsided_loads() -> None:
+    run_distributed(check_all, 2, timeout_s=90)
