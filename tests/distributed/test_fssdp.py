@@ -105,7 +105,7 @@ def check_replicas_of_old_weights_are_not_used() -> None:
     """A pass that ends early leaves replicas on their way; a step later they are old."""
     model = spread(Model())
     runtime = runtimes_of(model)[0]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)  # which changes the second layer, too
     x = inputs([6, 5], 0)
     runtime.begin_forward()
     model.layers[0](x).sum().backward()  # the replicas of the second layer have set out
