@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError
@@ -82,6 +83,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
     finally:
         if made_here:
             dist.destroy_process_group()
+            # It holds meshes whose groups are gone, and takes a mesh of a later world for one of them.
+            _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
 
 
 def _needs_group(config: RunConfig) -> bool:

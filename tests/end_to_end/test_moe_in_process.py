@@ -139,3 +139,9 @@ def test_the_load_trace_of_another_model_is_refused_before_anything_starts(folde
         PlacementError, match="the load trace belongs to another model: it has 2 MoE layers of 8 experts"
     ):
         preflight(config)
+
+
+def test_a_process_can_train_one_sharded_run_after_another(folder: Path) -> None:
+    """Torch remembers meshes across process groups; that of the first run has more groups than the second's."""
+    train(config_of(folder, "first", MOE, parallel__shard="full", parallel__experts="ep"))
+    train(config_of(folder, "second", None, parallel__shard="full"))
