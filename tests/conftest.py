@@ -7,7 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Without a GPU, Triton's kernels run in its interpreter, which has to be known before anything at all imports Triton:
+# functions of its own library that were decorated earlier cannot be called by interpreted kernels. Tests of any folder
+# may bring Triton in, through torch.compile.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # How fast examples are made and run says something about the machine, not about the code.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

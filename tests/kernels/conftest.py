@@ -1,13 +1,9 @@
-"""Without a GPU, Triton's kernels run in its interpreter; it must be told so before any of them is imported."""
+"""What tests of kernels share."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
