@@ -4,46 +4,51 @@ Columns of x are copied side by side into one buffer, which stays in cache, so t
 matrix product that accumulates in fp32 and writes its outputs in place. The copies cost about a tenth of the products.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sparsetrain_kernels.block_sparse_linear.layout import Grid, by_block, unpack_index
+from sparsetrain_kernels.memory import new_result
+
+_CACHE_BYTES = 1 << 20
+_FEWEST_TOKENS = 256
 
 
 def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """x Wᵀ + bias [T, N]; `zeroed` makes no difference, dead blocks are not read."""
     blocks = _Blocks(weight, index, grid)
-    y_TN = x_TK.new_empty(len(x_TK), grid.shape[0])
-    inputs = x_TK.tensor_split(grid.num_columns, 1)
-    gathered_x = _Buffer(x_TK, len(x_TK) * grid.block_columns * blocks.widest_row)
-    gathered_w = _Buffer(weight, grid.block_rows * grid.block_columns * blocks.widest_row)
-    for row, y_Tr in enumerate(y_TN.tensor_split(grid.num_rows, 1)):
-        living, columns = blocks.of_row(row)
-        bias_r = None if bias_N is None else bias_N[row * grid.block_rows : (row + 1) * grid.block_rows]
-        if columns:
-            x = gathered_x.beside([inputs[column] for column in columns])
-            _product(x, gathered_w.beside(living).T, bias_r, y_Tr)
-        else:
-            y_Tr.copy_(y_Tr.new_zeros(()) if bias_r is None else bias_r)
+    y_TN = new_result(x_TK, len(x_TK), grid.shape[0])
+    rows = [blocks.of_row(row) for row in range(grid.num_rows)]
+    joined = [torch.cat(living, 1).T if living else None for living, _ in rows]
+    biases = [None] * grid.num_rows if bias_N is None else bias_N.tensor_split(grid.num_rows)
+    for tokens, gathered in _slices(x_TK, grid.block_columns * blocks.widest_row):
+        inputs = x_TK[tokens].tensor_split(grid.num_columns, 1)
+        outputs = y_TN[tokens].tensor_split(grid.num_rows, 1)
+        for (_, columns), w_Pr, bias_r, y_tr in zip(rows, joined, biases, outputs, strict=True):
+            if w_Pr is None:
+                y_tr.copy_(y_tr.new_zeros(()) if bias_r is None else bias_r)
+            else:
+                _product(gathered.beside([inputs[column] for column in columns]), w_Pr, bias_r, y_tr)
     return y_TN
 
 
 def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """dy W [T, K]."""
     blocks = _Blocks(weight, index, grid)
-    dx_TK = dy_TN.new_empty(len(dy_TN), grid.shape[1])
-    outputs = dy_TN.tensor_split(grid.num_rows, 1)
-    gathered_dy = _Buffer(dy_TN, len(dy_TN) * grid.block_rows * blocks.widest_column)
-    gathered_w = _Buffer(weight, grid.block_rows * grid.block_columns * blocks.widest_column)
-    for column, dx_Tc in enumerate(dx_TK.tensor_split(grid.num_columns, 1)):
-        living, rows = blocks.of_column(column)
-        if rows:
-            dy = gathered_dy.beside([outputs[row] for row in rows])
-            _product(dy, gathered_w.below(living), None, dx_Tc)
-        else:
-            dx_Tc.zero_()
+    dx_TK = new_result(dy_TN, len(dy_TN), grid.shape[1])
+    columns = [blocks.of_column(column) for column in range(grid.num_columns)]
+    joined = [torch.cat(living, 0) if living else None for living, _ in columns]
+    for tokens, gathered in _slices(dy_TN, grid.block_rows * blocks.widest_column):
+        outputs = dy_TN[tokens].tensor_split(grid.num_rows, 1)
+        inputs = dx_TK[tokens].tensor_split(grid.num_columns, 1)
+        for (_, rows), w_Pc, dx_tc in zip(columns, joined, inputs, strict=True):
+            if w_Pc is None:
+                dx_tc.zero_()
+            else:
+                _product(gathered.beside([outputs[row] for row in rows]), w_Pc, None, dx_tc)
     return dx_TK
 
 
@@ -106,22 +111,24 @@ class _Blocks:
 
 
 class _Buffer:
-    """Memory that blocks are copied into side by side, again and again; a single block is used where it lies."""
+    """Memory that columns are copied into side by side, again and again; a single block is used where it lies."""
 
     def __init__(self, like: Tensor, numel: int) -> None:
-        self.memory = like.new_empty(numel)
+        self.memory = new_result(like, numel)
 
     def beside(self, blocks: list[Tensor]) -> Tensor:
         """Blocks of equal height beside one another."""
-        return blocks[0] if len(blocks) == 1 else self._join(blocks, len(blocks[0]), sum(b.shape[1] for b in blocks), 1)
+        if len(blocks) == 1:
+            return blocks[0]
+        height, width = len(blocks[0]), sum(block.shape[1] for block in blocks)
+        return torch.cat(blocks, 1, out=self.memory[: height * width].view(height, width))
 
-    def below(self, blocks: list[Tensor]) -> Tensor:
-        """Blocks of equal width below one another."""
-        return blocks[0] if len(blocks) == 1 else self._join(blocks, sum(map(len, blocks)), blocks[0].shape[1], 0)
 
-    def _join(self, blocks: list[Tensor], height: int, width: int, dim: int) -> Tensor:
-        joined = self.memory[: height * width].view(height, width)
-        return torch.cat(blocks, dim, out=joined)
+def _slices(like_TX: Tensor, width: int) -> Iterator[tuple[slice, _Buffer]]:
+    """Tokens, so many at a time that `width` columns of them stay in cache, and the memory for those columns."""
+    size = max(_FEWEST_TOKENS, _CACHE_BYTES // max(width * like_TX.itemsize, 1))
+    gathered = _Buffer(like_TX, min(size, len(like_TX)) * width)
+    return ((slice(start, start + size), gathered) for start in range(0, len(like_TX), size))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
