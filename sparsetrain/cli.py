@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.text import Text
 from sparsetrain.config import InvalidConfig, Problem, RunConfig, dump_config, load_config, locate
 from sparsetrain.config.origin import FilePosition
 from sparsetrain.errors import ConfigError, SparsetrainError
+
+if TYPE_CHECKING:
+    from sparsetrain.training.events import Event
 
 _OK, _BUG, _MISTAKE, _INTERRUPTED = 0, 1, 2, 130
 _MAX_EXCERPTS = 10
@@ -119,6 +122,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Write a torch.profiler trace of a few steps into the run folder.")
     ] = False,
+    event_lines: Annotated[
+        bool, typer.Option("--event-lines", hidden=True, help="Print events as JSON, for `submit` to show.")
+    ] = False,
 ) -> None:
     """Train the run that a YAML file describes, here or on a Ray cluster.
 
@@ -144,7 +150,7 @@ def train(
 
         start = partial(run_on_ray, run, address=address, on_existing=on_existing, profile=profile)
     try:
-        _watch(run, start, check_as=(ranks or 1) if here else None)
+        _watch(run, start, check_as=(ranks or 1) if here else None, event_lines=event_lines)
     except InvalidConfig as error:
         raise locate(error, config, overrides or ()) from None
 
@@ -162,14 +168,68 @@ def submit(
         bool, typer.Option("--detach", help="Return as soon as the cluster has the job; do not follow its output.")
     ] = False,
 ) -> None:
-    """Hand a run to a Ray cluster as a job: this package and the YAML travel with it."""
+    """Hand a run to a Ray cluster as a job, and watch it: this package and the YAML travel with it.
+
+    A cluster with token authentication wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH).
+    """
     on_existing = _on_existing(resume, overwrite)
     run = _load(config, overrides)
-    from sparsetrain import cluster
+    from sparsetrain.cluster import submit as submit_run
 
-    job = cluster.submit(run, address=address, detach=detach, on_existing=on_existing)
     if detach:
-        typer.echo(f"submitted as {job}; follow it with: ray job logs --address {address} --follow {job}")
+        job = submit_run(run, address=address, detach=True, on_existing=on_existing)
+        typer.echo(f"submitted as {job}; watch it: sparsetrain jobs logs --address {address} {job}")
+        return
+    with _following() as (display, write):
+        submit_run(run, address=address, on_existing=on_existing, reporter=display, write=write)
+
+
+jobs = typer.Typer(help="The jobs of a Ray cluster: list them, watch one, stop one.", no_args_is_help=True)
+app.add_typer(jobs, name="jobs")
+
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="As `jobs list` names it.", show_default=False)]
+JobServerAddress = Annotated[
+    str,
+    typer.Option("--address", metavar="URL", help="The job server; auto: $RAY_API_SERVER_ADDRESS, or this machine."),
+]
+
+
+@jobs.command(name="list")
+def list_jobs(address: JobServerAddress = "auto") -> None:
+    """List the cluster's jobs, the newest first."""
+    from sparsetrain.cluster import JobServer, print_jobs
+
+    print_jobs(JobServer(address).list(), Console())
+
+
+@jobs.command(name="status")
+def job_status(job: JobName, address: JobServerAddress = "auto") -> None:
+    """Say how a job is doing, what it runs and where it writes."""
+    from sparsetrain.cluster import JobServer, print_job
+
+    print_job(JobServer(address).details(job), Console())
+
+
+@jobs.command(name="logs")
+def job_logs(
+    job: JobName,
+    address: JobServerAddress = "auto",
+    follow: Annotated[bool, typer.Option(help="Watch the job until it ends; --no-follow: only what there is.")] = True,
+) -> None:
+    """Show a job's output from its beginning, as `submit` does."""
+    from sparsetrain.cluster import JobServer, follow_job, print_log
+
+    server = JobServer(address)
+    with _following() as (display, write):
+        (follow_job if follow else print_log)(server, job, reporter=display, write=write)
+
+
+@jobs.command(name="stop")
+def stop_job(job: JobName, address: JobServerAddress = "auto") -> None:
+    """Stop a job and wait until it has ended; its last checkpoint stays."""
+    from sparsetrain.cluster import JobServer
+
+    typer.echo(f"{job}: {JobServer(address).stop(job).lower()}")
 
 
 @app.command(name="eval")
@@ -222,6 +282,20 @@ def doctor() -> None:
     print_doctor(Console())
 
 
+@contextmanager
+def _following() -> Iterator[tuple[Callable[["Event"], None], Callable[[str], None]]]:
+    """What shows the events, and what prints the other lines, of a run that trains elsewhere."""
+    from sparsetrain.training.progress import ProgressDisplay
+
+    console = Console()
+
+    def write(line: str) -> None:
+        console.print(Text.from_ansi(line), soft_wrap=True, highlight=False)
+
+    with ProgressDisplay(console) as display:
+        yield display, write
+
+
 def _load(config: str, overrides: Sequence[str] | None, *, world_size: int | None = None) -> RunConfig:
     if "=" in config and not Path(config).exists():
         raise ConfigError(f"the YAML file comes first, then changes to it such as {config}")
@@ -244,19 +318,20 @@ def _rank() -> int:
     return int(os.environ["RANK"]) if _torchrun_ranks() is not None else 0
 
 
-def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None) -> None:
+def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None, event_lines: bool) -> None:
     """Check the run, `start(reporter=...)` it, and print the table at the end; only rank 0 shows anything.
 
     Args:
         run: The run.
         start: Trains.
         check_as: Number of ranks to check for; None where `start` checks the run itself.
+        event_lines: Print events for another process to show, instead of showing them.
     """
     from sparsetrain.report.expert_load import plot_expert_load
     from sparsetrain.report.final import print_summary
     from sparsetrain.report.plot import plot_loss
     from sparsetrain.training import preflight
-    from sparsetrain.training.events import Event, RunStarted
+    from sparsetrain.training.events import DataProgress, Event, RunStarted
     from sparsetrain.training.progress import ProgressDisplay
 
     if _rank() != 0:
@@ -272,14 +347,22 @@ def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None) -
         display(event)
 
     console = Console()
-    with ProgressDisplay(console) as display:
+    with _event_line_display() if event_lines else ProgressDisplay(console) as display:
         if check_as is not None:
-            preflight(run, world_size=check_as, on_progress=display.data_progress)
+            preflight(run, world_size=check_as, on_progress=lambda *progress: display(DataProgress(*progress)))
         start(reporter=report)
     if folders and (folders[-1] / "summary.json").is_file():  # on a remote cluster it may not be seen from here
         plot_loss(folders[-1])
         plot_expert_load(folders[-1])
         print_summary(folders[-1], console)
+
+
+@contextmanager
+def _event_line_display() -> Iterator[Callable[["Event"], None]]:
+    """Takes the place of the display where events are printed for another process to show."""
+    from sparsetrain.cluster.event_lines import EventLineWriter
+
+    yield EventLineWriter(partial(print, end="", flush=True))
 
 
 @contextmanager

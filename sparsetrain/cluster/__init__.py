@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.errors import ClusterError
 
 if TYPE_CHECKING:
-    from sparsetrain.cluster.submission import submit
+    from sparsetrain.cluster.job_server import JobServer
+    from sparsetrain.cluster.job_table import print_job, print_jobs
+    from sparsetrain.cluster.submission import follow_job, print_log, submit
     from sparsetrain.cluster.trainer import run_on_ray
 
-__all__ = ["run_on_ray", "submit"]
+__all__ = ["JobServer", "follow_job", "print_job", "print_jobs", "print_log", "run_on_ray", "submit"]
 
-_HOME = {"run_on_ray": "sparsetrain.cluster.trainer", "submit": "sparsetrain.cluster.submission"}
+_HOME = {
+    "JobServer": "sparsetrain.cluster.job_server",
+    "follow_job": "sparsetrain.cluster.submission",
+    "print_job": "sparsetrain.cluster.job_table",
+    "print_jobs": "sparsetrain.cluster.job_table",
+    "print_log": "sparsetrain.cluster.submission",
+    "run_on_ray": "sparsetrain.cluster.trainer",
+    "submit": "sparsetrain.cluster.submission",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import ray
-import torch
 from ray._private.state import available_resources_per_node
 
 from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
-from sparsetrain.planning.hardware import usable_cores
 
 _POLL_EVERY_S = 1.0
 
@@ -61,11 +59,15 @@ def check_machine(request: Request, *, cpus: float | None = None, gpus: int | No
     Raises:
         ClusterError: Too few CPUs or GPUs.
     """
+    import torch  # late, because whoever only submits a run needs none
+
+    from sparsetrain.planning.hardware import usable_cores
+
     machine = {"CPU": usable_cores() if cpus is None else cpus, "GPU": 0.0}
     if request.gpus_per_worker:
         machine["GPU"] = torch.cuda.device_count() if gpus is None else gpus
     if request.fitting([machine]) < request.workers:
-        raise ClusterError(_too_little(request, [machine], "this machine has"))
+        raise ClusterError(shortage(request, [machine], "this machine has"))
 
 
 def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[str], None]) -> None:
@@ -87,11 +89,12 @@ def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[st
     while (free := request.fitting(available_resources_per_node().values())) < request.workers:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if request.fitting(nodes) < request.workers and not _may_grow():
-            raise ClusterError(_too_little(request, nodes, "the cluster has"))
+            free_of = available_resources_per_node().values()
+            raise ClusterError(shortage(request, nodes, "the cluster has", free=free_of))
         if time.monotonic() >= deadline:
-            shortage = _too_little(request, available_resources_per_node().values(), "free are")
+            message = shortage(request, available_resources_per_node().values(), "free are")
             raise ClusterError(
-                f"{shortage} Or raise cluster.start_timeout_s={timeout_s:g}, and wait for what else runs there to end."
+                f"{message} Or raise cluster.start_timeout_s={timeout_s:g}, and wait for what else runs there to end."
             )
         if not waiting:
             notify(f"the cluster has room for {free} of {request.workers} workers; waiting up to {timeout_s:g} s")
@@ -104,13 +107,28 @@ def _may_grow() -> bool:
     return ray._private.state.state.get_max_resources_from_cluster_config() is not None
 
 
-def _too_little(request: Request, nodes: Iterable[Mapping[str, float]], has: str) -> str:
-    nodes = list(nodes)
+def shortage(
+    request: Request,
+    nodes: Iterable[Mapping[str, float]],
+    has: str,
+    *,
+    free: Iterable[Mapping[str, float]] | None = None,
+) -> str:
+    """Say what is asked for, what there is, and how to come to terms.
+
+    Args:
+        request: What the run asks for.
+        nodes: Resources of each node.
+        has: Begins the part of the sentence about the nodes.
+        free: What of each node's resources nobody uses.
+    """
+    nodes, free = list(nodes), None if free is None else list(free)
     asked, needs, total = [], [], []
     for name, each in request.per_worker.items():
         asked.append(f"cluster.{name.lower()}s_per_worker={each:g}")
         needs.append(_amount(request.workers * each, name))
-        total.append(_amount(sum(node.get(name, 0) for node in nodes), name))
+        unused = "" if free is None else f" ({sum(node.get(name, 0) for node in free):g} free)"
+        total.append(_amount(sum(node.get(name, 0) for node in nodes), name) + unused)
     on = "" if len(nodes) == 1 else f" on {len(nodes)} nodes"
     fitting = request.fitting(nodes)
     fix = f"lower cluster.workers to {fitting}" if fitting else "lower what each worker asks for"

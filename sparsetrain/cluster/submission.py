@@ -1,37 +1,34 @@
 """Hand a run to a Ray cluster as a job, and follow its output."""
 
 import asyncio
-import logging
-import os
+import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+import aiohttp
+from ray.job_submission import JobStatus
 
+from sparsetrain.cluster.event_lines import EventLineReader
+from sparsetrain.cluster.job_server import JobServer
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths
-from sparsetrain.cluster.session import check_reachable
+from sparsetrain.cluster.resources import Request
 from sparsetrain.config import RunConfig, dump_config, load_config
 from sparsetrain.errors import ClusterError
-from sparsetrain.training.run_folder import OnExisting
+from sparsetrain.training.events import Reporter
 
-_JOB_SERVER_PORT = 8265
+if TYPE_CHECKING:
+    from sparsetrain.training.run_folder import OnExisting  # it needs torch, which takes seconds to import
+
 _MAX_UPLOAD_BYTES = 100 * 2**20
 """What Ray's job server takes in one package."""
+_MAX_FILES_NAMED = 5
 _POLL_S = 0.5
-_HEAD_START_S = 20.0
-"""A head that has just started answers before it can take jobs."""
 _EXCLUDED = ("**/__pycache__", "**/.*_cache")
-
-for _name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # they report every upload otherwise
 
 
 def submit(
@@ -40,7 +37,8 @@ def submit(
     address: str = "auto",
     overrides: Sequence[str] = (),
     detach: bool = False,
-    on_existing: OnExisting = "refuse",
+    on_existing: "OnExisting" = "refuse",
+    reporter: Reporter | None = None,
     write: Callable[[str], None] | None = None,
 ) -> str:
     """Submit a run as a Ray job. The YAML and both packages travel with it; the cluster needs their dependencies.
@@ -54,32 +52,57 @@ def submit(
         overrides: `key=value` each, when `config` is a file.
         detach: Return as soon as the cluster has the job, instead of following its output to the end.
         on_existing: What to do about a run that `output` holds already.
-        write: Takes the job's output in pieces; default standard output.
+        reporter: Called with the run's events as they arrive, a few steps of a second at most. With one, the job's
+            log holds events as JSON; `follow_job` makes them legible again.
+        write: Takes the job's other output, a line at a time; default standard output.
 
     Returns:
         The job's id.
 
     Raises:
         ConfigError: The YAML or an override is wrong.
-        ClusterError: The job server cannot be reached, the upload is too large, or the job did not succeed.
+        ClusterError: The job server cannot be reached, the upload or the run is too large, or the job did not succeed.
     """
     run = config if isinstance(config, RunConfig) else load_config(config, overrides)
-    client = _connect(address)
+    write = write or _write
+    server = JobServer(address)
+    server.check_room(Request.from_config(run.cluster))
+    flags = {"refuse": [], "resume": ["--resume"], "overwrite": ["--overwrite"]}[on_existing]
+    flags += ["--event-lines"] if reporter is not None else []
+    run = absolute_paths(run, Path.cwd())
+    with uploaded_files({f"{run.name}.yaml": dump_config(run)}) as runtime_env:
+        job = server.submit(
+            shlex.join(["python", "-m", "sparsetrain", "train", f"{run.name}.yaml", *flags]),
+            runtime_env,
+            name=run.name,
+            metadata={"output": run.output},
+        )
+    if not detach:
+        write(f"submitted as {job}; Ctrl-C leaves it running")
+        follow_job(server, job, reporter=reporter, write=write)
+    return job
+
+
+@contextmanager
+def uploaded_files(texts: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The runtime environment of a job that both packages and some files travel with, while it is being submitted.
+
+    Args:
+        texts: File name to content; the job's working directory holds them.
+
+    Raises:
+        ClusterError: A package is larger than Ray takes.
+    """
     packages = find_packages()
+    check_upload_size([packages.library, packages.kernels])
     with tempfile.TemporaryDirectory(prefix="sparsetrain-submit-") as folder:
-        name = f"{run.name}.yaml"
-        (Path(folder) / name).write_text(dump_config(absolute_paths(run, Path.cwd())))
-        runtime_env = {
+        for name, text in texts.items():
+            Path(folder, name).write_text(text)
+        yield {
             "working_dir": folder,
             "py_modules": [str(packages.library), str(packages.kernels)],
             "excludes": list(_EXCLUDED),
         }
-        check_upload_size([packages.library, packages.kernels])
-        flags = {"refuse": "", "resume": " --resume", "overwrite": " --overwrite"}[on_existing]
-        job = _submit_job(client, f"python -m sparsetrain train {name}{flags}", runtime_env)
-    if not detach:
-        _follow(client, job, address, write or _write)
-    return job
 
 
 def check_upload_size(roots: Sequence[Path], *, limit: int = _MAX_UPLOAD_BYTES) -> None:
@@ -90,10 +113,12 @@ def check_upload_size(roots: Sequence[Path], *, limit: int = _MAX_UPLOAD_BYTES) 
     """
     for root in roots:
         sizes = {
-            path: path.stat().st_size for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+            path: path.stat().st_size
+            for path in root.rglob("*")
+            if path.is_file() and not any(_is_excluded(part) for part in path.relative_to(root).parts)
         }
         if sum(sizes.values()) > limit:
-            largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
+            largest = sorted(sizes, key=lambda path: -sizes[path])[:_MAX_FILES_NAMED]
             lines = [f"  {sizes[path] / 2**20:.1f} MiB  {path}" for path in largest]
             raise ClusterError(
                 f"{root} has {sum(sizes.values()) / 2**20:.0f} MiB, and Ray uploads at most {limit / 2**20:g} MiB. "
@@ -101,68 +126,82 @@ def check_upload_size(roots: Sequence[Path], *, limit: int = _MAX_UPLOAD_BYTES) 
             )
 
 
-def _connect(address: str) -> JobSubmissionClient:
-    if address == "auto":
-        address = os.environ.get("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{_JOB_SERVER_PORT}")
-    url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(f"--address {address} is not a job server: expected http://host:{_JOB_SERVER_PORT}")
-    port = parts.port or (443 if parts.scheme == "https" else _JOB_SERVER_PORT)
-    check_reachable(f"{parts.hostname}:{port}")
+def follow_job(
+    server: JobServer, job: str, *, reporter: Reporter | None = None, write: Callable[[str], None] | None = None
+) -> None:
+    """Pass on a job's output from its beginning until the job ends.
+
+    Args:
+        server: Where the job is.
+        job: Its id.
+        reporter: Called with the run's events, where the job's log holds them.
+        write: Takes the other lines, without their newline; default standard output.
+
+    Raises:
+        ClusterError: There is no such job, it did not succeed, or the job server went away.
+    """
+    write = write or _write
+    reader = EventLineReader()
+
+    def take(lines: Iterator[Any]) -> None:
+        for line in lines:
+            if isinstance(line, str):
+                write(line)
+            elif reporter is not None:
+                reporter(line)
+
+    server.details(job)
     try:
-        return JobSubmissionClient(url)
-    except (AuthenticationError, RuntimeError, OSError, ValueError) as error:
-        raise ClusterError(
-            f"{address} does not answer like a Ray job server (the dashboard's port, {_JOB_SERVER_PORT} by default): "
-            f"{error}"
-        ) from error
-
-
-def _submit_job(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    deadline = time.monotonic() + _HEAD_START_S
-    while True:
-        try:
-            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
-        except (RuntimeError, ValueError, OSError) as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ClusterError(f"the job server refused the job: {error}") from error
-        time.sleep(_POLL_S)
-
-
-def _follow(client: JobSubmissionClient, job: str, address: str, write: Callable[[str], None]) -> None:
-    """Pass on a job's output until it ends; raise when it did not succeed."""
-    write(f"submitted as {job}; Ctrl-C leaves it running\n")
-    try:
-        asyncio.run(_tail(client, job, write))
+        asyncio.run(_tail(server, job, lambda piece: take(reader.feed(piece))))
     except KeyboardInterrupt:
-        write(
-            f"\n{job} goes on. Follow it with: ray job logs --address {address} --follow {job}\n"
-            f"Stop it with: ray job stop --address {address} {job}\n"
-        )
+        where = f"--address {server.address} {job}"
+        write(f"\n{job} goes on. Follow it: sparsetrain jobs logs {where}\nStop it: sparsetrain jobs stop {where}")
         raise
-    info = client.get_job_info(job)
-    if info.status != JobStatus.SUCCEEDED:
-        raise ClusterError(f"job {job} {str(info.status).lower()}; its last lines above say why")
+    take(reader.end())
+    if (ended := server.details(job)).status != JobStatus.SUCCEEDED:
+        raise ClusterError(_failure(job, ended))
 
 
-async def _tail(client: JobSubmissionClient, job: str, write: Callable[[str], None]) -> None:
+def print_log(server: JobServer, job: str, *, reporter: Reporter, write: Callable[[str], None]) -> None:
+    """Pass on a job's output as far as it has come; arguments as for `follow_job`."""
+    server.details(job)
+    reader = EventLineReader()
+    text = server.client.get_job_logs(job)
+    for line in [*reader.feed(text), *reader.end()]:
+        if isinstance(line, str):
+            write(line)
+        else:
+            reporter(line)
+
+
+def _failure(job: str, ended: Any) -> str:
+    how = str(ended.status).lower()
+    if ended.driver_exit_code is None and ended.message and ended.status == JobStatus.FAILED:
+        return f"job {job} {how} before it ran: {ended.message}"
+    return f"job {job} {how}; its last lines above say why" if ended.status == JobStatus.FAILED else f"job {job} {how}"
+
+
+async def _tail(server: JobServer, job: str, write: Callable[[str], None]) -> None:
     """The connection may break off before the job ends: then take up its output again where it stopped."""
     written = 0
     while True:
         seen = 0
-        with suppress(RuntimeError, OSError):
-            async for piece in client.tail_job_logs(job):
+        with suppress(RuntimeError, OSError, aiohttp.ClientError):
+            async for piece in server.client.tail_job_logs(job):
                 fresh = piece[max(0, written - seen) :]
                 seen += len(piece)
                 written = max(written, seen)
                 if fresh:
                     write(fresh)
-        if client.get_job_status(job).is_terminal():
+        if server.details(job).status.is_terminal():
             return
         await asyncio.sleep(_POLL_S)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
+def _is_excluded(part: str) -> bool:
+    return part == "__pycache__" or (part.startswith(".") and part.endswith("_cache"))
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -19,7 +19,7 @@ from sparsetrain.training.events import EvalDone, Notice, PhaseStarted, Reporter
 from sparsetrain.training.generation import sample_text
 from sparsetrain.training.memory import out_of_memory_advice
 from sparsetrain.training.phase_plan import PhasePlan, plan_phases
-from sparsetrain.training.preflight import preflight
+from sparsetrain.training.checks import preflight
 from sparsetrain.training.profiling import Profiler
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder

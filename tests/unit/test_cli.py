@@ -289,7 +289,7 @@ def test_submit_hands_on_the_run(config: str, stand_in: Callable[..., Any]) -> N
     assert result.exit_code == 0, result.output
     assert submit.call_args.args == (load_config(config, ["seed=3"]),)
     assert submit.call_args.kwargs == {"address": "http://head:8265", "detach": True, "on_existing": "resume"}
-    assert "ray job logs --address http://head:8265 --follow job-1" in result.output
+    assert "sparsetrain jobs logs --address http://head:8265 job-1" in result.output
 
 
 def test_submit_checks_the_yaml_before_it_calls_anyone(config: str, stand_in: Callable[..., Any]) -> None:

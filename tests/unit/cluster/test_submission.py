@@ -35,9 +35,3 @@ def test_a_job_server_that_is_not_there_is_one_message() -> None:
         port = unused.getsockname()[1]
     with pytest.raises(ClusterError, match=f"nobody answers at 127.0.0.1:{port}"):
         submit(CONFIG, address=f"http://127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("address", ["ray://host:10001", "http://"])
-def test_an_address_that_is_no_job_server_is_refused(address: str) -> None:
-    with pytest.raises(ClusterError, match="is not a job server"):
-        submit(CONFIG, address=address)

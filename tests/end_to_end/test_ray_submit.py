@@ -1,13 +1,15 @@
-"""The two ways to hand a run to a cluster, on a real head that the test starts."""
+"""Handing runs to a cluster that asks for a token, and what becomes of them there: on a real head, started here."""
 
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 START_TIMEOUT_S = 120
+TOKEN = uuid.uuid4().hex * 2
 TINY = ("train.tokens=4Ki", "train.phases=[]", "train.eval_tokens=1Ki")
 
 
@@ -56,10 +59,16 @@ def job_server(job_outputs: Path) -> Iterator[str]:
 
 
 def program_environment() -> dict[str, str]:
-    """This environment, with the interpreter that runs the tests first on the path and no Ray of anybody else."""
+    """This environment, with the interpreter that runs the tests first on the path and our token alone."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([str(PROGRAMS), os.environ["PATH"]])
-    return {**inherited, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    return {
+        **inherited,
+        "PATH": path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -96,9 +105,15 @@ def end_tree(pid: int) -> None:
         psutil.wait_procs(tree, timeout=10)
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=REPOSITORY, env=program_environment(), capture_output=True, text=True, timeout=300, check=False
+        command,
+        cwd=REPOSITORY,
+        env=program_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
@@ -138,3 +153,82 @@ def test_a_users_error_in_a_worker_ends_the_job_without_a_restart(job_server: st
     assert "restart" not in job.stdout + job.stderr
     assert job.stderr.startswith("error: job ")
     assert "failed" in job.stderr
+
+
+def test_a_job_left_running_is_listed_watched_and_stopped(job_server: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    server = ("--address", job_server)
+    submitted = run(
+        *("sparsetrain", "submit", "configs/quick.yaml", *server, "--detach"),
+        *(f"output={output}", "train.tokens=100M", "checkpoint.every_steps=10"),
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[2].rstrip(";")
+    watch = ["sparsetrain", "jobs", "logs", *server, job]
+    with subprocess.Popen(watch, env=program_environment(), stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        seen = next(line for line in watching.stdout if line.startswith("checkpoint at step"))
+        watching.send_signal(signal.SIGINT)
+        rest = watching.stdout.read()
+    assert seen.startswith("checkpoint at step 10")
+    assert watching.returncode == 130
+    assert f"{job} goes on" in rest
+    status = run("sparsetrain", "jobs", "status", *server, job).stdout
+    assert "running" in status
+    assert f"output   {output}" in status
+    trainers = processes_writing_to(output)
+    assert len(trainers) == 1
+    stopped = run("sparsetrain", "jobs", "stop", *server, job)
+    assert stopped.stdout == f"{job}: stopped\n"
+    assert psutil.wait_procs(trainers, timeout=20)[1] == [], "nothing of the job is left"
+    listed = run("sparsetrain", "jobs", "list", *server).stdout
+    assert [line.split()[1] for line in listed.splitlines() if job in line] == ["stopped"]
+    assert run("sparsetrain", "jobs", "stop", *server, job).stdout == f"{job}: stopped\n"
+    unknown = run("sparsetrain", "jobs", "logs", *server, "nobody")
+    assert unknown.returncode == 2
+    assert f"has no job nobody; the newest of its jobs: {job}" in unknown.stderr
+
+
+def processes_writing_to(output: Path) -> list[psutil.Process]:
+    """The workers of a run: they write their output to files in its folder."""
+    log = str(output / "logs" / "worker-0.log")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.readlink(f"/proc/{process.pid}/fd/1") == log:
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "message"),
+    [
+        pytest.param([], {"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token", id="no-token"),
+        pytest.param([], {"RAY_AUTH_TOKEN": "f" * 64}, "refuses the token in RAY_AUTH_TOKEN", id="wrong-token"),
+        pytest.param(
+            ["cluster.workers=4"],
+            {},
+            "asks for 4 CPUs; the cluster has 2 CPUs (2 free). To fix: lower cluster.workers to 2",
+            id="no-room",
+        ),
+    ],
+)
+def test_what_the_cluster_would_refuse_is_one_message_and_no_job(
+    job_server: str, overrides: list[str], environment: dict[str, str], message: str
+) -> None:
+    before = run("sparsetrain", "jobs", "list", "--address", job_server).stdout
+    refused = run(*("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server, *overrides), **environment)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert run("sparsetrain", "jobs", "list", "--address", job_server).stdout == before
+
+
+def test_a_config_that_is_not_on_the_cluster_is_one_message(job_server: str) -> None:
+    job = run(
+        *("ray", "job", "submit", "--address", job_server, "--runtime-env", "launch/runtime_env.yaml", "--"),
+        *("python", "-m", "sparsetrain", "train", "nowhere.yaml"),
+    )
+    assert job.returncode != 0
+    assert "error: nowhere.yaml does not exist" in job.stdout
+    assert "Traceback" not in job.stdout
