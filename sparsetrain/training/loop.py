@@ -13,13 +13,13 @@ from sparsetrain.parallel import World, join_world, told_if_a_rank_is_lost
 from sparsetrain.planning.flops import ModelFlops, parameter_counts
 from sparsetrain.training.accounting import Accountant
 from sparsetrain.training.checkpointing import Checkpoints
+from sparsetrain.training.checks import preflight
 from sparsetrain.training.describe import describe_phase
 from sparsetrain.training.evaluation import evaluate
 from sparsetrain.training.events import EvalDone, Notice, PhaseStarted, Reporter, RunFinished, RunStarted, StepDone
 from sparsetrain.training.generation import sample_text
 from sparsetrain.training.memory import out_of_memory_advice
 from sparsetrain.training.phase_plan import PhasePlan, plan_phases
-from sparsetrain.training.checks import preflight
 from sparsetrain.training.profiling import Profiler
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder
