@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.nm_linear.dense import compress, expand
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 
 _CACHE_BYTES = 2 << 20
-_MIN_TOKENS = 256
+_TABLE_BYTES = 8 << 20
+_MIN_TOKENS = 128
 
 
 def output(
@@ -26,8 +29,8 @@ def output(
 ) -> Tensor:
     """x Wᵀ + bias [T, N]."""
     values_GVP = _values(weight, columns_GP, pattern, x_TK.shape[1])
-    y_TN = x_TK.new_empty(len(x_TK), len(weight))
-    for tokens in _slices(x_TK, columns_GP):
+    y_TN = new_result(x_TK, len(x_TK), len(weight))
+    for tokens in _slices(x_TK, columns_GP.shape[1]):
         x_KT = x_TK[tokens].T.contiguous()
         gathered_PT = x_KT.new_empty(columns_GP.shape[1], x_KT.shape[1])
         for group, y_TV in enumerate(y_TN[tokens].tensor_split(len(columns_GP), 1)):
@@ -49,16 +52,20 @@ def input_gradient(
     num_inputs: int,
     zeroed: bool,
 ) -> Tensor:
-    """dy W [T, K]; the sum over groups is kept in fp32 at least."""
-    values_GVP = _values(weight, columns_GP, pattern, num_inputs)
-    accurate = torch.promote_types(dy_TN.dtype, torch.float32)
-    dx_TK = dy_TN.new_empty(len(dy_TN), num_inputs)
-    for tokens in _slices(dy_TN, columns_GP):
-        by_group = dy_TN[tokens].tensor_split(len(columns_GP), 1)
-        total_KT = dy_TN.new_zeros(num_inputs, len(by_group[0]), dtype=accurate)
-        for columns_P, values_VP, dy_TV in zip(columns_GP, values_GVP, by_group, strict=True):
-            total_KT.index_add_(0, columns_P, (values_VP.T @ dy_TV.T).to(accurate))
-        dx_TK[tokens] = total_KT.to(dx_TK.dtype).T  # cast first: transposing is fast within one dtype
+    """dy W [T, K]: all groups' products first, then each input's sum over the groups that keep it, in fp32 at least.
+
+    Sums of rows of a table run on all cores; adding group after group into place would run on one.
+    """
+    values_GPV = _values(weight, columns_GP, pattern, num_inputs).transpose(1, 2)
+    num_groups, num_kept = columns_GP.shape
+    of_input = columns_GP.flatten()
+    rows, counts_K = of_input.argsort(stable=True), of_input.bincount(minlength=num_inputs)
+    starts_K = counts_K.cumsum(0) - counts_K
+    dx_TK = new_result(dy_TN, len(dy_TN), num_inputs)
+    for tokens in _slices(dy_TN, of_input.numel(), _TABLE_BYTES):
+        dy_GVT = dy_TN[tokens].T.contiguous().view(num_groups, pattern.vector, -1)
+        table_RT = torch.bmm(values_GPV, dy_GVT).view(num_groups * num_kept, -1)
+        dx_TK[tokens] = embedding_bag(rows, table_RT, starts_K, mode="sum").T
     return dx_TK
 
 
@@ -88,6 +95,7 @@ def _values(weight: Tensor, columns_GP: Tensor, pattern: NMPattern, num_inputs: 
     return values_NP.view(len(columns_GP), pattern.vector, columns_GP.shape[1])
 
 
-def _slices(like_T: Tensor, columns_GP: Tensor) -> Iterator[slice]:
-    size = max(_MIN_TOKENS, _CACHE_BYTES // (columns_GP.shape[1] * like_T.itemsize))
-    return (slice(start, start + size) for start in range(0, len(like_T), size))
+def _slices(like_TX: Tensor, width: int, cache_bytes: int = _CACHE_BYTES) -> Iterator[slice]:
+    """Tokens, so many at a time that `width` values of each take `cache_bytes`."""
+    size = max(_MIN_TOKENS, cache_bytes // (width * like_TX.itemsize))
+    return (slice(start, start + size) for start in range(0, len(like_TX), size))
