@@ -1,5 +1,6 @@
 """What a run is: one typed, frozen schema, and the YAML loader that fills it."""
 
+from sparsetrain.config.attention import Attention, BlockSparseAttention, DenseAttention
 from sparsetrain.config.base import Section
 from sparsetrain.config.checks import check_config, check_world
 from sparsetrain.config.data import (
@@ -18,7 +19,7 @@ from sparsetrain.config.data import (
 from sparsetrain.config.dump import dump_config
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.config.load import load_config, locate
-from sparsetrain.config.model import Attention, DenseAttention, ModelConfig
+from sparsetrain.config.model import ModelConfig
 from sparsetrain.config.moe import MoeConfig
 from sparsetrain.config.problem import InvalidConfig, Problem
 from sparsetrain.config.run import (
@@ -51,6 +52,7 @@ __all__ = [
     "Attention",
     "BatchRamp",
     "BlockShape",
+    "BlockSparseAttention",
     "BpeTokenizer",
     "ByteTokenizer",
     "CheckpointConfig",

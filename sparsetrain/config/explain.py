@@ -122,6 +122,7 @@ _PLAIN = {
     "less_than_equal": "must be at most {le}",
     "model_attributes_type": "expected a section, that is keys with values",
     "model_type": "expected a section, that is keys with values",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "string_too_short": "must not be empty",
     "string_type": 'expected text; put it in quotes ("...") if it is meant to be text',
     "too_long": "expected at most {max_length} values, and there are {actual_length}",

@@ -1,23 +1,13 @@
 """`model`: the shape of the network."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
+from sparsetrain.config.attention import Attention, BlockSparseAttention, DenseAttention
+from sparsetrain.config.base import Int, KeyConflict, Real, Section
 from sparsetrain.config.moe import MoeConfig
 from sparsetrain.config.units import Count, divisors_near
-
-
-class DenseAttention(Section):
-    """Every query sees every earlier key."""
-
-    kind: Literal["dense"] = "dense"
-    within_documents: bool = False
-    """Keep queries from seeing keys of another document packed into the same sample."""
-
-
-Attention = Annotated[DenseAttention, BeforeValidator(kind_from_text)]
 
 
 class ModelConfig(Section):
@@ -39,6 +29,7 @@ class ModelConfig(Section):
     vocab_size: Count | None = Field(default=None, gt=0)
     """Rows of the embedding; default the tokenizer's, rounded up to a multiple of 64."""
     attention: Attention = DenseAttention()
+    """dense, or {kind: block_sparse, ...}: the keys that a query sees."""
     moe: MoeConfig | None = None
     """Mixture-of-experts layers; null: every feed-forward layer is dense."""
     tie_embeddings: bool | None = None
@@ -69,6 +60,16 @@ class ModelConfig(Section):
             raise KeyConflict(f"moe.{conflict.key}", conflict.message) from None
         return self
 
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        if isinstance(self.attention, BlockSparseAttention):
+            try:
+                self.attention.layer_indices(self.num_layers)
+                self.attention.pattern_places(self.num_heads)
+            except KeyConflict as conflict:
+                raise KeyConflict(f"attention.{conflict.key}", conflict.message) from None
+        return self
+
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
@@ -90,6 +91,13 @@ class ModelConfig(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """The layers whose feed-forward part is a mixture of experts, ascending."""
         return self.moe.layer_indices(self.num_layers) if self.moe else ()
+
+    @property
+    def sparse_attention_layers(self) -> tuple[int, ...]:
+        """The layers whose attention is block-sparse, ascending."""
+        if not isinstance(self.attention, BlockSparseAttention):
+            return ()
+        return self.attention.layer_indices(self.num_layers)
 
     @property
     def ties_embeddings(self) -> bool:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sparsetrain.config.base import Int, KeyConflict, Real, Section, kind_from_text
+from sparsetrain.config.layers import Layers, layer_indices
 from sparsetrain.config.units import Count
 
 
@@ -90,33 +91,6 @@ RouterConfig = SoftmaxTopK | SigmoidTopK | ExpertChoice | Hash | DenseToSparse |
 AnyRouter = Annotated[Annotated[RouterConfig, Field(discriminator="kind")], BeforeValidator(kind_from_text)]
 
 
-class EveryLayers(Section):
-    """The last of every k layers: of 4 layers with `every: 2`, layers 1 and 3."""
-
-    every: Int = Field(gt=0)
-
-
-def _layers_form(value: object) -> str:
-    """Which of the forms of `layers` was written; `<>` keeps the tags apart from keys."""
-    if isinstance(value, dict | EveryLayers):
-        return "<every>"
-    return "<list>" if isinstance(value, list | tuple) else "<all>"
-
-
-def _is_a_form(value: object) -> object:
-    if value != "all" and not isinstance(value, dict | EveryLayers | list | tuple):
-        raise ValueError("expected all, {every: k} or a list of layers")
-    return value
-
-
-MoeLayers = Annotated[
-    Annotated[Literal["all"], Tag("<all>")]
-    | Annotated[EveryLayers, Tag("<every>")]
-    | Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1), Tag("<list>")],
-    Discriminator(_layers_form),
-    BeforeValidator(_is_a_form),
-]
-
 _CANNOT_BALANCE = ("expert_choice", "hash")
 """Routers whose load no loss can change."""
 
@@ -130,7 +104,7 @@ class MoeConfig(Section):
     """Experts that a token uses."""
     ffn_dim: Count | None = Field(default=None, gt=0)
     """Width inside an expert; default that of the feed-forward layer it stands for."""
-    layers: MoeLayers = "all"
+    layers: Layers = "all"
     """all, {every: k} for the last of every k layers, or a list of layers, counted from 0."""
     router: AnyRouter = SoftmaxTopK()
     """How tokens get their experts: a name, or {kind: name, ...}."""
@@ -172,15 +146,4 @@ class MoeConfig(Section):
         Raises:
             KeyConflict: `layers` names a layer that the model does not have, or one twice, or none is left.
         """
-        if isinstance(self.layers, EveryLayers):
-            if self.layers.every > num_layers:
-                raise KeyConflict("layers.every", f"must not be above num_layers={num_layers}: no layer would be MoE")
-            return tuple(range(self.layers.every - 1, num_layers, self.layers.every))
-        if self.layers == "all":
-            return tuple(range(num_layers))
-        beyond = [layer for layer in self.layers if layer >= num_layers]
-        if beyond:
-            raise KeyConflict("layers", f"there is no layer {beyond[0]}; num_layers={num_layers}, counted from 0")
-        if len(set(self.layers)) < len(self.layers):
-            raise KeyConflict("layers", "names a layer twice")
-        return tuple(sorted(self.layers))
+        return layer_indices(self.layers, num_layers, none_left="no layer would be MoE")

@@ -40,5 +40,8 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q_BTHD, k_BTKD = rotate(q_BTHD, rotation), rotate(k_BTKD, rotation)
-        y_BTM: Tensor = self.o(causal_attention(q_BTHD, k_BTKD, v_BTKD, document_ids_BT).flatten(-2))
+        y_BTM: Tensor = self.o(self._attend(q_BTHD, k_BTKD, v_BTKD, document_ids_BT).flatten(-2))
         return y_BTM
+
+    def _attend(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        return causal_attention(q_BTHD, k_BTKD, v_BTKD, document_ids_BT)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models.attention import Attention
+from sparsetrain.models.block_sparse_attention import BlockSparseAttention
 from sparsetrain.models.loss import linear_cross_entropy
 from sparsetrain.models.norms import LayerNorm, RMSNorm
 from sparsetrain.models.rotary import rotation_table
@@ -42,7 +43,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
-        self.attention = Attention(config)
+        self.attention = (BlockSparseAttention if index in config.sparse_attention_layers else Attention)(config)
         self.ffn_norm = _norm(config)
         is_moe = index in config.moe_layers
         self.ffn = None if is_moe else FeedForward(config.dim, config.hidden_dim, *_form(config))

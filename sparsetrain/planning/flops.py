@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsetrain.models import Transformer
 from sparsetrain.moe import moe_layers
+from sparsetrain.planning.attention_flops import keys_per_query
 from sparsetrain.sharding import weight_shapes
 
 _BACKWARD_AND_FORWARD = 3
@@ -104,8 +105,9 @@ class ModelFlops:
     sizes: Mapping[str, int]
     """Weights in each of them."""
     attention: float
-    """Scores and weighted values of all layers. A query at position t sees t + 1 keys, so (T + 1)/2 on average: half of
-    what a count that ignores causality gives."""
+    """Scores and weighted values of all layers, over the keys that their layouts let a query see."""
+    dense_attention: float
+    """The same where every query sees every earlier key: (T + 1)/2 on average."""
     head: float
     """The output head, dense."""
     head_name: str
@@ -132,7 +134,8 @@ class ModelFlops:
         return cls(
             linear={name: 2.0 * size * float(_share(name, shares)) for name, size in sizes.items()},
             sizes=sizes,
-            attention=2 * config.num_layers * 2.0 * config.dim * (seq_len + 1) / 2,
+            attention=2 * 2.0 * config.dim * sum(keys_per_query(config, seq_len)),
+            dense_attention=2 * config.num_layers * 2.0 * config.dim * (seq_len + 1) / 2,
             head=2.0 * prod(shapes[head_name]),
             head_name=head_name,
         )
@@ -155,6 +158,11 @@ class ModelFlops:
         """FLOPs of the forward pass without the head: what activation checkpointing computes a second time."""
         densities = densities or {}
         return self.attention + sum(flops * densities.get(name, 1.0) for name, flops in self.linear.items())
+
+    @property
+    def attention_saved_per_token(self) -> float:
+        """FLOPs of forward and backward pass that dense attention would take on top."""
+        return _BACKWARD_AND_FORWARD * (self.dense_attention - self.attention)
 
     def train_per_token(self, densities: Mapping[str, float] | None = None) -> float:
         """FLOPs of forward and backward pass, zeros not counted."""

@@ -88,6 +88,40 @@ def test_flops_are_those_that_torch_counts_in_a_training_step(config):
     assert counts["aten.bmm"] + counts["aten.baddbmm"] == pytest.approx(blocked)
 
 
+def sparse(heads, layers="all", **shape):
+    attention = {"kind": "block_sparse", "block": 16, "heads": heads, "layers": layers}
+    return ModelConfig(**LLAMA.model_dump() | {"attention": attention} | shape)
+
+
+@pytest.mark.parametrize("num_blocks", [4, 64])
+def test_attention_follows_the_layout_of_local_windows_and_sinks_by_the_formula(num_blocks):
+    b, n, width = 16, num_blocks, 3
+    local_and_sink = {"kind": "union", "of": [{"kind": "local", "width": width}, {"kind": "sink", "width": 1}]}
+    flops = ModelFlops.of(meta_model(sparse([local_and_sink])), n * b)
+
+    blocks_below_diagonal = sum(min(i, width) for i in range(n))  # width - 1 by the window, one by the sink
+    pairs = n * b * (b + 1) / 2 + blocks_below_diagonal * b * b
+    assert flops.attention == 2 * 2 * 2 * 64 * pairs / (n * b)  # layers, products, FLOPs a multiply-add, dim
+    assert flops.attention_saved_per_token == 3 * (flops.dense_attention - flops.attention)
+
+
+def test_attention_of_a_broken_last_block_of_other_heads_and_of_dense_layers_is_counted_token_by_token():
+    config = sparse([{"kind": "strided", "stride": 4, "offset": 0}, {"kind": "local", "width": 1}], layers=[1])
+    length = 3 * 16 + 5  # the first block for all, and each its own, of which the last has 5 tokens
+    first_block = 16 * 17 / 2 + 37 * 16
+    own_block = 3 * 16 * 17 / 2 + 5 * 6 / 2
+    dense = length * (length + 1) / 2
+
+    flops = ModelFlops.of(meta_model(config), length)
+
+    assert flops.attention == pytest.approx(2 * 2 * 64 * (dense + (first_block + own_block) / 2) / length)
+    assert flops.dense_attention == pytest.approx(2 * 2 * 2 * 64 * dense / length)
+
+
+def test_a_dense_pattern_costs_what_dense_attention_costs():
+    assert ModelFlops.of(meta_model(sparse(["dense"])), 100) == ModelFlops.of(meta_model(LLAMA), 100)
+
+
 def test_zeros_are_not_counted():
     flops = ModelFlops.of(meta_model(LLAMA), 128)
     up = "layers.1.ffn.up.weight"
