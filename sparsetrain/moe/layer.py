@@ -79,7 +79,7 @@ class MoELayer(nn.Module):
         self.shared = FeedForward(dim, shared_experts * ffn_dim, activation, bias) if shared_experts else None
         self.load = LoadMeter(num_experts)
         """Counts the tokens of forward passes with gradients, each once; `take` it after every optimizer step."""
-        self._loss: tuple[Tensor, int] | None = None
+        self._losses: list[tuple[Tensor, int]] = []
         self._was_recorded = False
 
     @classmethod
@@ -141,14 +141,17 @@ class MoELayer(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.reshape(x.shape)
 
-    def take_loss(self) -> tuple[Tensor, int] | None:
-        """The weighted losses of the latest forward pass, summed over its tokens, and their number; None when taken."""
-        loss, self._loss = self._loss, None
-        return loss
+    def take_losses(self) -> list[tuple[Tensor, int]]:
+        """Of each forward pass since they were last taken: the weighted losses, summed over its tokens, and how many.
+
+        `MoEController` throws away what nobody has taken by the end of a step.
+        """
+        losses, self._losses = self._losses, []
+        return losses
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: a loss belongs to the graph that it is part of."""
-        return {**self.__dict__, "_loss": None}
+        return {**self.__dict__, "_losses": []}
 
     def _record(self, wanted: Routing, dropped: Tensor, seq_len: int) -> None:
         """Count the load and keep the losses of a forward pass that is for training, once if it is recomputed."""
@@ -159,7 +162,8 @@ class MoELayer(nn.Module):
         if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
             self._was_recorded = True
             self.load.add(wanted, dropped)
-            self._loss = None if loss is None else (loss, wanted.num_tokens)
+            if loss is not None:
+                self._losses.append((loss, wanted.num_tokens))
         elif not self._was_recorded:
             raise MoeError(
                 "a MoELayer inside torch.utils.checkpoint(use_reentrant=True) runs without gradients first, so that "
@@ -177,9 +181,10 @@ def moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
 
 
 def auxiliary_loss(model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """The balance, z- and router losses of the latest forward pass of every MoELayer, weighted; add it to the loss.
+    """The balance, z- and router losses of every MoELayer, weighted; add it to the loss.
 
-    They are taken: called again before the next forward pass, it returns 0.
+    Of all forward passes with gradients since they were last taken: a layer that is called several times adds as much
+    as several layers would. They are taken: called again before the next forward pass, it returns 0.
 
     Args:
         model: Plain or wrapped.
@@ -189,7 +194,7 @@ def auxiliary_loss(model: nn.Module, reduction: Literal["mean", "sum"] = "mean")
     Returns:
         0-d, with gradient; 0 where nothing was computed, such as under no_grad.
     """
-    taken = [loss for _, layer in moe_layers(model) if (loss := layer.take_loss()) is not None]
+    taken = [loss for _, layer in moe_layers(model) for loss in layer.take_losses()]
     losses = [loss if reduction == "sum" else loss / max(num_tokens, 1) for loss, num_tokens in taken]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 

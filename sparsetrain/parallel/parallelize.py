@@ -34,7 +34,12 @@ def parallelize(
 ) -> nn.Module:
     """Spread a model's experts over ranks, and replicate or shard the rest; gradients come out averaged over all ranks.
 
-    Collective over the mesh. Build the optimizer afterwards, on the parameters of what is returned.
+    Collective over the mesh. Build the optimizer afterwards, on the parameters of what is returned. With shard="full",
+    `store_parameters(model)` are plain tensors beside sharded ones: give them a parameter group of their own to an
+    optimizer that is fused or foreach, which refuse to mix the two.
+
+    Gradients of experts come into being by `backward` alone, which leaves them in `.grad`, added to what is there.
+    `torch.autograd.grad` does that, too, instead of returning them: it is no way to look at them without a trace.
 
     Args:
         model: On its device; where ranks differ, the first rank's weights count (for shard="full" they must agree).

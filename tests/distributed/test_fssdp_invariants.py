@@ -18,7 +18,7 @@ from torch.distributed import init_device_mesh
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.config.moe import Replay
 from sparsetrain.moe import MoELayer, moe_layers
-from sparsetrain.moe.placement import SCENARIOS, LoadTrace, scenario
+from sparsetrain.moe.placement import SCENARIOS, LoadTrace, Placement, scenario
 from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.parallel import MoEController
@@ -119,13 +119,17 @@ class Run:
         self.controller = MoEController(self.model, self.optimizer)
         self.oracle = Oracle(trace)
         self.gathered: list[Replicas] = []
+        self.missing: list[int] = []
+        """Of each of them, how many experts this rank did not have."""
         self._watch_gathering()
 
     def _watch_gathering(self) -> None:
         start_gather = self.store.start_gather
 
-        def watched(*arguments: Any) -> Replicas:
-            self.gathered.append(start_gather(*arguments))
+        def watched(layer: int, placement: Placement, dtype: torch.dtype, besides: Replicas | None = None) -> Replicas:
+            here = set(self.store.owned(layer)) | set(besides.experts if besides else ())
+            self.missing.append(len(set(np.flatnonzero(placement.holders_ED[:, self.rank])) - here))
+            self.gathered.append(start_gather(layer, placement, dtype, besides))
             return self.gathered[-1]
 
         self.store.start_gather = watched  # type: ignore[method-assign]
@@ -137,6 +141,7 @@ class Run:
             weights = self.everywhere(self.owned(gradients=False))
             self.optimizer.zero_grad()
             self.gathered.clear()
+            self.missing.clear()
             loss = run(self.model, tokens_of(step, self.rank, self.groups.size), self.dtype)
             self.check_replicas(weights)
             loss.backward()
@@ -194,14 +199,12 @@ class Run:
                 assert_bitwise(torch.cat([part.flatten() for part in parts]), expected)
 
     def check_traffic(self) -> None:
-        """Bytes that came are those of replicas, twice where they are gathered again."""
+        """Bytes that came are those of replicas that were not there, again where they were freed."""
         planned = [plan.placement for plan in self.runtime.last_plans.values()]
         for placement in planned:
             times = sum(replicas.placement is placement for replicas in self.gathered)
             assert times == (0 if not placement.num_replicas else 2 if self.options.rematerialise else 1)
-        expert_bytes = self.store.expert_bytes(self.dtype)
-        came = sum(len(replicas.placement.replicas_of(self.rank)) for replicas in self.gathered)
-        assert self.store.traffic.gathered == came * expert_bytes
+        assert self.store.traffic.gathered == sum(self.missing) * self.store.expert_bytes(self.dtype)
 
     def check_against_oracle(self, step: int, loss: Tensor, weights: Weights, grads: Weights) -> None:
         losses, expected = self.oracle.step(step, weights, self.groups.size, self.dtype)

@@ -19,6 +19,7 @@ from sparsetrain.moe.placement.memory import (
 from sparsetrain.moe.placement.placement import Placement, own_evenly
 from sparsetrain.moe.placement.resharding import reshard_owners
 from sparsetrain.moe.placement.scenarios import SCENARIOS, Scenario, scenario
+from sparsetrain.moe.placement.slots import fastest_placement, most_replicas, slots_to_try
 from sparsetrain.moe.placement.topology import Topology
 from sparsetrain.moe.placement.trace import LoadTrace, TraceRecorder
 
@@ -37,13 +38,16 @@ __all__ = [
     "TraceRecorder",
     "check_slots",
     "dispatch",
+    "fastest_placement",
     "materialise",
     "materialise_layers",
     "materialised_bytes",
+    "most_replicas",
     "own_evenly",
     "owned_bytes",
     "received_bytes",
     "reshard_owners",
     "returned_bytes",
     "scenario",
+    "slots_to_try",
 ]

@@ -1,6 +1,5 @@
-"""What replicas and chunks cost and gain, from measured seconds: how many experts to move, when, in how many chunks."""
+"""What replicas cost and gain, from measured seconds: how many experts to move, and when."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from sparsetrain.errors import PlacementError
@@ -17,9 +16,6 @@ class CostModel:
         expert_bytes: Bytes of one expert's weights as replicas receive them.
         byte_s: Seconds to move one byte of weights, or of their gradients, into a device.
         free_s: Seconds of a layer outside its experts (attention, forward and backward) that hide such transfers.
-        row_bytes: Bytes of one row on the wire.
-        row_byte_s: Seconds to move one byte of rows between devices.
-        launch_s: Seconds that each further chunk of a layer costs by itself.
 
     Raises:
         PlacementError: A number is negative.
@@ -29,9 +25,6 @@ class CostModel:
     expert_bytes: int
     byte_s: float
     free_s: float
-    row_bytes: int = 0
-    row_byte_s: float = 0.0
-    launch_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,19 +49,6 @@ class CostModel:
         """
         return rows * self.row_s + max(0.0, replicas * self.transfer_s - self.free_s)
 
-    def best_slots(self, rows_by_slots: Sequence[float]) -> int:
-        """Spare slots a device that make a layer fastest, the fewest of those equally fast; 0 is expert parallelism.
-
-        Args:
-            rows_by_slots: Rows of the fullest device with 0, 1, 2, ... spare slots a device.
-
-        Raises:
-            PlacementError: There is no number, not even for no slots.
-        """
-        if not rows_by_slots:
-            raise PlacementError("rows_by_slots is empty: it begins with the fullest device's rows without replicas")
-        return min(range(len(rows_by_slots)), key=lambda slots: self.layer_s(rows_by_slots[slots], slots))
-
     def pays(self, rows_before: float, rows_after: float, replicas: int) -> bool:
         """Whether re-planning a layer after its gate is worth it.
 
@@ -78,24 +58,6 @@ class CostModel:
         Args:
             rows_before: Rows of the fullest device with the replicas that are there.
             rows_after: The same with the new plan.
-            replicas: Replicas that the device which gets most of them has to receive in addition.
+            replicas: Replicas that the device which gets most new ones has to receive.
         """
         return (rows_before - rows_after) * self.row_s > replicas * self.transfer_s / 2
-
-    def pipelined_s(self, rows: float, degree: int) -> float:
-        """Seconds of a layer's exchange and experts in `degree` chunks.
-
-        With A = 2 · rows · row_bytes · row_byte_s for sending rows there and back and C = rows · row_s for the experts:
-        max(A, C) + min(A, C) / degree + degree · launch_s. One chunk overlaps nothing; of many, only the first one's
-        way there and the last one's way back (or one chunk's experts, where these are faster) are not hidden.
-
-        Args:
-            rows: Rows of the fullest device.
-            degree: Chunks.
-        """
-        exchange_s, experts_s = 2 * rows * self.row_bytes * self.row_byte_s, rows * self.row_s
-        return max(exchange_s, experts_s) + min(exchange_s, experts_s) / degree + degree * self.launch_s
-
-    def choose_degree(self, rows: float, degrees: Sequence[int] = (1, 2, 4, 8)) -> int:
-        """The fastest number of chunks of those given, the first of those equally fast."""
-        return min(degrees, key=lambda degree: self.pipelined_s(rows, degree))

@@ -51,9 +51,9 @@ def owned_bytes(owners_LE: IntArray, device: int, expert: ExpertBytes) -> int:
 def materialised_bytes(placements: list[Placement], device: int, expert: ExpertBytes, *, freed: bool) -> int:
     """Peak bytes of a device's replicas over a step.
 
-    Kept from forward to backward, they are there in all layers at once, with one layer's gradients on their way back.
-    Freed after each layer (re-materialisation), at most two layers' weights and one layer's gradients are there: a
-    layer's while it is computed and its neighbour's that is being gathered.
+    Kept from forward to backward, they are there in all layers at once. Freed after each layer (re-materialisation), at
+    most two neighbours' are there: those of the layer that is computed, and of the one that is next. Of gradients, two
+    neighbours' are there in either case: one layer's are computed while those of the layer after it travel home.
 
     Args:
         placements: One a layer.
@@ -62,11 +62,9 @@ def materialised_bytes(placements: list[Placement], device: int, expert: ExpertB
         freed: Whether replicas are freed after the forward pass of their layer and gathered again in the backward pass.
     """
     replicas_L = [len(placement.replicas_of(device)) for placement in placements]
-    gradients = max(replicas_L, default=0) * expert.replica_gradient
-    if freed:
-        at_once = max((sum(replicas_L[layer : layer + 2]) for layer in range(len(replicas_L))), default=0)
-        return at_once * expert.replica + gradients
-    return sum(replicas_L) * expert.replica + gradients
+    of_two = max((sum(replicas_L[layer : layer + 2]) for layer in range(len(replicas_L))), default=0)
+    weights = of_two if freed else sum(replicas_L)
+    return weights * expert.replica + of_two * expert.replica_gradient
 
 
 def received_bytes(placement: Placement, device: int, expert: ExpertBytes) -> int:
@@ -87,9 +85,10 @@ def check_slots(slots: int, num_layers: int, expert: ExpertBytes, *, freed: bool
         PlacementError: Filled slots would take more than `available_bytes`.
     """
     layers = min(num_layers, 2) if freed else num_layers
-    needed = slots * (layers * expert.replica + expert.replica_gradient)
+    per_slot = layers * expert.replica + min(num_layers, 2) * expert.replica_gradient
+    needed = slots * per_slot
     if needed > available_bytes:
-        fitting = available_bytes // (layers * expert.replica + expert.replica_gradient)
+        fitting = available_bytes // per_slot
         advice = "" if freed else ", or re-materialise, which frees replicas between uses"
         raise PlacementError(
             f"{slots} spare expert slots need {needed / 2**20:.0f} MiB a device, but {available_bytes / 2**20:.0f} MiB "

@@ -62,6 +62,9 @@ class Router(nn.Module, ABC):
             counts_E: int64, assignments to each expert in the step, summed over all ranks and micro-batches.
         """
 
+    def go_on_from(self, step: int) -> None:
+        """A training is resumed after so many steps."""
+
     def set_progress(self, fraction: float) -> None:
         """Training has come so far: 0 at its start, 1 at its end."""
 

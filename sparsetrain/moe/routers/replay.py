@@ -17,7 +17,7 @@ class ReplayRouter(LearnedRouter):
 
     No expert gets a token twice: what exceeds one row a token goes to the others. The weights are the softmax of W x
     over the dealt experts, so that the layer costs and learns what it would with softmax_topk. Steps are counted by
-    `after_step`; after the trace's last one it begins anew.
+    `after_step`, and after the trace's last one it begins anew; `MoEController` saves and restores the count.
 
     Raises:
         PlacementError: The trace cannot be read, or has another number of experts or top_k, or too few layers.
@@ -56,6 +56,10 @@ class ReplayRouter(LearnedRouter):
     def after_step(self, counts_E: Tensor) -> None:
         """Go on to the load of the next step."""
         self.step += 1
+
+    def go_on_from(self, step: int) -> None:
+        """Go to the load of the step that is next."""
+        self.step = step
 
     def _deal(self, num_tokens: int) -> Tensor:
         """The experts of each token, [T, K], no two of a token the same."""

@@ -35,12 +35,20 @@ class Route:
     """Whether anything at all moves, between whichever ranks: if not, nobody calls the collective."""
 
     @classmethod
-    def of(cls, placement: Placement, rank: int) -> Self:
-        """The view of one rank of the placement's devices."""
-        to_DE = placement.holders_ED.T & (placement.owner_E == rank)
-        to_DE[rank] = False
-        receiver_N, sent_N = np.nonzero(to_DE)
-        received = placement.replicas_of(rank)
+    def of(cls, placement: Placement, rank: int, besides: Placement | None = None) -> Self:
+        """The view of one rank of the placement's devices.
+
+        Args:
+            placement: Who is to hold what.
+            rank: Whose view.
+            besides: With the same owners: what is held already, and does not move.
+        """
+        is_new_ED = placement.holders_ED.copy()
+        is_new_ED[np.arange(placement.num_experts), placement.owner_E] = False
+        if besides is not None:
+            is_new_ED &= ~besides.holders_ED
+        receiver_N, sent_N = np.nonzero(is_new_ED.T & (placement.owner_E == rank))
+        received = np.flatnonzero(is_new_ED[:, rank])
         owner_R = placement.owner_E[received]
         order = np.argsort(owner_R, kind="stable")
         size = placement.num_devices
@@ -49,7 +57,7 @@ class Route:
             sent_to=tuple(np.bincount(receiver_N, minlength=size).tolist()),
             received=tuple(received[order].tolist()),
             received_from=tuple(np.bincount(owner_R, minlength=size).tolist()),
-            is_needed=placement.num_replicas > 0,
+            is_needed=bool(is_new_ED.any()),
         )
 
 
@@ -62,14 +70,22 @@ class Transfer:
         received_from: Rows from each rank.
         group: The ranks.
         what: Said with the error if a rank does not come.
+        into: [R, ...] contiguous, where the received rows go; default: into memory of their own.
     """
 
     def __init__(
-        self, rows: Tensor, sent_to: Sequence[int], received_from: Sequence[int], group: ProcessGroup, *, what: str
+        self,
+        rows: Tensor,
+        sent_to: Sequence[int],
+        received_from: Sequence[int],
+        group: ProcessGroup,
+        *,
+        what: str,
+        into: Tensor | None = None,
     ) -> None:
         self._rows: Tensor | None = rows  # kept: the network reads it
         self._what = what
-        self._received = rows.new_empty(sum(received_from), *rows.shape[1:])
+        self._received = rows.new_empty(sum(received_from), *rows.shape[1:]) if into is None else into
         self._work = dist.all_to_all_single(
             self._received, rows, list(received_from), list(sent_to), group=group, async_op=True
         )
@@ -95,7 +111,9 @@ class Transfer:
         return self._received
 
 
-def sparse_all_gather(rows_NC: Tensor, route: Route, group: ProcessGroup, *, what: str) -> Transfer:
+def sparse_all_gather(
+    rows_NC: Tensor, route: Route, group: ProcessGroup, *, what: str, into: Tensor | None = None
+) -> Transfer:
     """spAG: bring owners' experts to their new holders.
 
     Args:
@@ -103,11 +121,12 @@ def sparse_all_gather(rows_NC: Tensor, route: Route, group: ProcessGroup, *, wha
         route: What moves.
         group: Its ranks.
         what: As in `Transfer`.
+        into: As in `Transfer`.
 
     Returns:
         Rows [R, C] of the experts of `route.received`, in that order.
     """
-    return Transfer(rows_NC, route.sent_to, route.received_from, group, what=what)
+    return Transfer(rows_NC, route.sent_to, route.received_from, group, what=what, into=into)
 
 
 def sparse_reduce_scatter(rows_RC: Tensor, route: Route, group: ProcessGroup, *, what: str) -> Transfer:

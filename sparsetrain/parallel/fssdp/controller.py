@@ -96,8 +96,7 @@ class MoEController:
         loads, measured = self._sum_over_ranks()
         for layer, load in zip(self._layers, loads, strict=True):
             layer.router.after_step(load.counts_E.to(_device_of(layer)))
-            if self._total_steps:
-                layer.router.set_progress(self.step / self._total_steps)
+        self._tell_progress()
         load_LE = [load.counts_E.numpy() for load in loads]
         resharded = False
         for planner, total in zip(self._planners, measured, strict=True):
@@ -125,12 +124,20 @@ class MoEController:
         The state of a model whose experts were not spread, or were in other groups, leaves owners as they are.
         """
         self.step = state["step"]
+        for layer in self._layers:
+            layer.router.go_on_from(self.step)
+        self._tell_progress()
         if len(state["planners"]) == len(self._planners):
             for planner, saved in zip(self._planners, state["planners"], strict=True):
                 planner.load_state_dict(saved, self._optimizer)
 
     def _follow(self) -> None:
         self.after_step()
+
+    def _tell_progress(self) -> None:
+        if self._total_steps:
+            for layer in self._layers:
+                layer.router.set_progress(self.step / self._total_steps)
 
     def _ranks(self, group: ProcessGroup | None) -> list[ProcessGroup]:
         """Groups over which sums, one after the other, are sums over all data-parallel ranks."""
@@ -146,6 +153,8 @@ class MoEController:
     def _sum_over_ranks(self) -> tuple[list[Load], list[Measured]]:
         """Everything that ranks must agree on, in one vector: exact, as counts stay far below 2^53."""
         loads = [layer.load.take().values for layer in self._layers]
+        for layer in self._layers:
+            layer.take_losses()  # which would keep their graph alive
         measured = [torch.tensor(planner.measure().values, dtype=torch.float64) for planner in self._planners]
         parts = [*(load.double().cpu() for load in loads), *measured]
         total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)

@@ -34,14 +34,19 @@ class Prefetch:
             self._order, self._called = self._called, []
         self._start(self._order[0], placements)
 
-    def take(self, layer: int, placement: Placement, dtype: torch.dtype) -> Replicas:
-        """A layer's replicas: those on their way if they are what is wanted, else others; collective."""
+    def take(self, layer: int, placement: Placement, dtype: torch.dtype) -> Replicas | None:
+        """A layer's replicas, None if it has none; collective.
+
+        Those on their way if they are what is wanted. Where the plan has changed, they stay as far as they are wanted,
+        and only what is missing is gathered.
+        """
         coming = self._coming.pop(layer, None)
-        if coming is not None and coming.placement is placement and coming.dtype == dtype:
-            return coming
-        if coming is not None:
+        if coming is not None and (coming.dtype != dtype or not placement.num_replicas):
             coming.free()
-        return self._store.start_gather(layer, placement, dtype)
+            coming = None
+        if coming is not None and coming.placement is placement:
+            return coming
+        return self._store.start_gather(layer, placement, dtype, coming) if placement.num_replicas else None
 
     def end(self, layer: int, placements: Sequence[Placement], dtype: torch.dtype) -> None:
         """A layer's experts are done: start with the replicas of the next one; collective."""

@@ -77,8 +77,8 @@ class Replicas:
         spec: The shape of an expert.
         layer: Whose experts, for messages.
         placement: Who holds what.
-        route: This rank's part of it.
-        weights: Weights on their way; None where the placement has no replicas at all.
+        route: This rank's part of it, by which gradients go home.
+        gathered: What of it comes over the wire; the rest is taken over from other replicas.
         dtype: What the weights are in, and so the gradients: both travel.
         device: Where.
     """
@@ -89,7 +89,7 @@ class Replicas:
         layer: int,
         placement: Placement,
         route: Route,
-        weights: Transfer | None,
+        gathered: Route,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -98,18 +98,45 @@ class Replicas:
         self.dtype = dtype
         self.experts = tuple(sorted(route.received))
         """Ascending."""
-        self.bytes_received = 0 if weights is None else weights.bytes_received
-        """expert_bytes · |P′_d \\ P_d|"""
         self._spec, self._device = spec, device
-        self._slots = [route.received.index(expert) for expert in self.experts]
-        self._transfer = weights
-        self._weights: PackedExperts | None = None if weights else PackedExperts.empty(spec, 0, dtype, device)
+        self._gathered = gathered.received
+        self._kept = [expert for expert in self.experts if expert not in self._gathered]
+        in_rows = [*self._gathered, *self._kept]
+        self._weight_rows = [in_rows.index(expert) for expert in self.experts]
+        self._gradient_rows = [route.received.index(expert) for expert in self.experts]
+        self._transfer: Transfer | None = None
+        self._weights: PackedExperts | None = PackedExperts.empty(spec, len(in_rows), dtype, device)
         self._gradients: PackedExperts | None = None
+
+    @property
+    def room(self) -> Tensor:
+        """Where the gathered weights go: [R, C]."""
+        assert self._weights is not None
+        return self._weights.rows[: len(self._gathered)]
+
+    @property
+    def bytes_received(self) -> int:
+        """expert_bytes · |P′_d \\ P_d|, P_d being what was here before."""
+        return len(self._gathered) * self._spec.numel * self.dtype.itemsize
+
+    def expect(self, weights: Transfer) -> None:
+        """Weights are on their way into `room`."""
+        self._transfer = weights
+
+    def take_over(self, others: "Replicas") -> None:
+        """Copy the weights that are not gathered from replicas of the same layer, which are then freed."""
+        assert self._weights is not None
+        for name in self._spec.shapes:
+            theirs = dict(zip(others.experts, others.weights(name), strict=True))
+            mine = self._weights[name][len(self._gathered) :]
+            if mine:
+                torch._foreach_copy_(list(mine), [theirs[expert] for expert in self._kept])
+        others.free()
 
     def wait(self) -> Self:
         """Have the weights here; see Transfer.wait."""
         if self._transfer is not None:
-            self._weights = PackedExperts(self._spec, self._transfer.wait())
+            self._transfer.wait()
             self._transfer = None
         return self
 
@@ -122,7 +149,7 @@ class Replicas:
         """Each replica's tensor of a stack, in the order of `experts`."""
         packed = self.wait()._weights
         assert packed is not None, f"the replicas of layer {self.layer} are used after they were freed"
-        return [packed[stack][slot] for slot in self._slots]
+        return [packed[stack][row] for row in self._weight_rows]
 
     def gradients(self, stack: str) -> list[Tensor]:
         """Tensors to add each replica's gradient to, in the order of `experts`; 0 at first."""
@@ -130,7 +157,7 @@ class Replicas:
             shape = (len(self.experts), self._spec.numel)
             self._gradients = PackedExperts(self._spec, torch.zeros(shape, dtype=self.dtype, device=self._device))
         packed = self._gradients
-        return [packed[stack][slot] for slot in self._slots]
+        return [packed[stack][row] for row in self._gradient_rows]
 
     def take_gradients(self) -> Tensor:
         """The gradients as they travel, [R, C] in the order of the route; what follows begins at 0 again."""

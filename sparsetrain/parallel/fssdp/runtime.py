@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.moe import Routing
-from sparsetrain.moe.placement import CostModel, Dispatch, Placement, dispatch, materialise
+from sparsetrain.moe.placement import CostModel, Dispatch, Placement, dispatch, materialise, most_replicas
 from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.parallel.fssdp.agreement import described, gather_counts, raise_mismatch
 from sparsetrain.parallel.fssdp.calls import Call, CallRecords
@@ -48,6 +48,8 @@ class Runtime:
         """Chunks of an exchange."""
         self.cost: CostModel | None = None
         """What re-planning after the gate goes by; agreed on by all ranks."""
+        self.hot_experts = options.hot_experts
+        """Experts of a layer that may have replicas; None: as many as help."""
         device = store.stack("w_in").device
         self.expert_watch = Stopwatch(device)
         """Time in experts, by rows."""
@@ -95,7 +97,7 @@ class Runtime:
         counts_SE = self._gather_counts(layer, routing)
         plan = dispatch(counts_SE, self.placements[layer], self.topology, method=self.options.dispatch)
         plan = self._better_plan(layer, plan) or plan
-        replicas = self._prefetch.take(layer, plan.placement, dtype) if plan.placement.num_replicas else None
+        replicas = self._prefetch.take(layer, plan.placement, dtype)
         exchange = Exchange.of(plan, self.store.groups.rank, self.degree, routing.token_R.device)
         self.last_plans[layer], self._last_plan = plan, (layer, plan)
         return Call(self.store, layer, dtype, plan, exchange, replicas, self.expert_watch, self.layer_watch)
@@ -163,26 +165,20 @@ class Runtime:
             return None  # not even if it made all ranks equally full
         placement = materialise(
             plan.counts_ES.sum(axis=1), self.store.owners_LE[layer], self.topology,
-            slots=options.spare_slots, hot=options.hot_experts, method=options.placement,
+            slots=options.spare_slots, hot=self.hot_experts, method=options.placement,
         )  # fmt: skip
         if placement == plan.placement:
             return None
         better = dispatch(plan.counts_ES.T, placement, self.topology, method=options.dispatch)
         if is_measured:
             assert cost is not None
-            if not cost.pays(rows, float(better.load_D.max()), most_replicas(placement)):
+            if not cost.pays(rows, float(better.load_D.max()), most_replicas(placement, plan.placement)):
                 return None
         return better
 
     def _forget_placements(self) -> None:
         self._prefetch.drop()
         self.placements = self.owners_alone()
-
-
-def most_replicas(placement: Placement) -> int:
-    """Replicas of the rank that has most of them."""
-    owned_D = np.bincount(placement.owner_E, minlength=placement.num_devices)
-    return int((placement.holders_ED.sum(axis=0) - owned_D).max())
 
 
 def _follow_steps(runtime: Runtime) -> None:

@@ -15,11 +15,19 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from sparsetrain.moe.placement import CostModel, LoadForecast, Placement, dispatch, materialise_layers, reshard_owners
+from sparsetrain.moe.placement import (
+    CostModel,
+    LoadForecast,
+    Placement,
+    fastest_placement,
+    materialise_layers,
+    reshard_owners,
+    slots_to_try,
+)
 from sparsetrain.moe.placement.topology import FloatArray, IntArray
 from sparsetrain.parallel.fssdp.adaptivity import Trial
 from sparsetrain.parallel.fssdp.agreement import check_placements
-from sparsetrain.parallel.fssdp.runtime import Runtime, most_replicas
+from sparsetrain.parallel.fssdp.runtime import Runtime
 from sparsetrain.parallel.fssdp.store import Traffic
 
 _DEGREES = (1, 2, 4)
@@ -139,7 +147,7 @@ class StepPlanner:
             return False
         owners_LE = reshard_owners(
             self._since_resharding / self._steps_since, store.owners_LE, self.runtime.topology,
-            slots=self._options.spare_slots, hot=self._options.hot_experts, method=self._options.placement,
+            slots=self._options.spare_slots, hot=self.runtime.hot_experts, method=self._options.placement,
         )  # fmt: skip
         self._since_resharding, self._steps_since = None, 0
         if np.array_equal(owners_LE, store.owners_LE):
@@ -158,37 +166,37 @@ class StepPlanner:
         )
 
     def _place(self, total: Measured) -> None:
-        """Replicas of the next step, in the layers where they are worth their transfers."""
-        store, topology, mean_LE = self.runtime.store, self.runtime.topology, self._forecast.mean_LE
-        owned = self.runtime.owners_alone()
-        if mean_LE is None or not self._options.spare_slots:
-            self.runtime.placements = owned
+        """Replicas of the next step: in each layer as many as are worth their transfers."""
+        options, store, runtime = self._options, self.runtime.store, self.runtime
+        mean_LE, owned = self._forecast.mean_LE, runtime.owners_alone()
+        if mean_LE is None or not options.spare_slots:
+            runtime.placements = owned
             return
-        placements = materialise_layers(
-            mean_LE, store.owners_LE, topology,
-            slots=self._options.spare_slots, hot=self._options.hot_experts, method=self._options.placement,
-        )  # fmt: skip
-        if self._options.replan == "auto":  # else nothing that is measured has a say
-            groups, passes = store.groups, max(1.0, total.calls / total.ranks / store.num_layers)
-            rows_LE = mean_LE / passes / groups.num_groups  # of a pass, in one expert group
-            placements = [
-                placement if self._pays(rows_E, alone, placement) else alone
-                for rows_E, alone, placement in zip(rows_LE, owned, placements, strict=True)
-            ]
-        self.runtime.placements = placements
+        runtime.hot_experts = self._hot_experts()
+        if options.replan != "auto" or runtime.cost is None:  # nothing that is measured has a say
+            runtime.placements = self._materialise(mean_LE, options.spare_slots)
+            return
+        tried = [self._materialise(mean_LE, slots) for slots in slots_to_try(options.spare_slots)]
+        groups, passes = store.groups, max(1.0, total.calls / total.ranks / store.num_layers)
+        rows_LE = mean_LE / passes / groups.num_groups  # of a pass, in one expert group
+        runtime.placements = [
+            fastest_placement(rows_E, alone, others, runtime.topology, runtime.cost, method=options.dispatch)
+            for rows_E, alone, *others in zip(rows_LE, owned, *tried, strict=True)
+        ]
 
-    def _pays(self, rows_E: FloatArray, alone: Placement, placement: Placement) -> bool:
-        """Whether a layer is faster with the replicas than without, tokens coming evenly from all ranks."""
-        cost, num_devices = self.runtime.cost, self.runtime.topology.num_devices
-        if cost is None or placement == alone:
-            return True
-        rows_alone = float(np.bincount(alone.owner_E, rows_E, num_devices).max())
-        replicas = most_replicas(placement)
-        if cost.layer_s(rows_E.sum() / num_devices, replicas) >= cost.layer_s(rows_alone, 0):
-            return False  # not even if it made all ranks equally full
-        counts_SE = np.tile(np.rint(rows_E / num_devices).astype(np.int64), (num_devices, 1))
-        plan = dispatch(counts_SE, placement, self.runtime.topology, method=self._options.dispatch)
-        return cost.layer_s(float(plan.load_D.max()), replicas) < cost.layer_s(rows_alone, 0)
+    def _materialise(self, load_LE: FloatArray, slots: int) -> list[Placement]:
+        runtime = self.runtime
+        return materialise_layers(
+            load_LE, runtime.store.owners_LE, runtime.topology,
+            slots=slots, hot=runtime.hot_experts, method=self._options.placement,
+        )  # fmt: skip
+
+    def _hot_experts(self) -> int | None:
+        """How many experts may have replicas: what is set, or what the paper computes from measured costs."""
+        options, cost = self._options, self.runtime.cost
+        if options.hot_experts is None and options.placement == "paper" and options.replan == "auto" and cost:
+            return cost.hot_experts(self.runtime.store.num_experts)
+        return options.hot_experts
 
 
 def _seconds_per_byte(runtime: Runtime) -> float:

@@ -82,24 +82,33 @@ class ExpertStore(Movable, ExpertRows):
     # Weights to compute with
 
     @torch.no_grad()
-    def start_gather(self, layer: int, placement: Placement, dtype: torch.dtype) -> Replicas:
+    def start_gather(
+        self, layer: int, placement: Placement, dtype: torch.dtype, besides: Replicas | None = None
+    ) -> Replicas:
         """Begin to bring here what the placement wants here and another rank owns (spAG); collective.
 
         Args:
             layer: Whose experts.
             placement: Who is to hold them; its owners are the store's.
             dtype: What they travel and are computed with in; owners' weights are rounded to it on the way.
+            besides: Replicas of the layer that are here or on their way, in that dtype: those of them that are wanted
+                are taken over instead of being gathered again, and then they are freed.
         """
         assert np.array_equal(placement.owner_E, self.owners_LE[layer]), f"layer {layer}: a plan for other owners"
-        route, device = Route.of(placement, self.groups.rank), self.stack("w_in").device
-        transfer = None
+        rank, device = self.groups.rank, self.stack("w_in").device
+        route = Route.of(placement, rank, None if besides is None else besides.placement)
+        replicas = Replicas(self.spec, layer, placement, Route.of(placement, rank), route, dtype=dtype, device=device)
         if route.is_needed:
             packed = PackedExperts.empty(self.spec, len(route.sent), dtype, device)
             packed.fill({name: self._rows(self.stack(name), layer, route.sent) for name in self.spec.shapes})
             what = f"gathering the experts of {self.layer_paths[layer]}"
-            transfer = sparse_all_gather(packed.rows, route, self.groups.parameters, what=what)
-            self.traffic.gathered += transfer.bytes_received
-        return Replicas(self.spec, layer, placement, route, transfer, dtype=dtype, device=device)
+            replicas.expect(
+                sparse_all_gather(packed.rows, route, self.groups.parameters, what=what, into=replicas.room)
+            )
+            self.traffic.gathered += replicas.bytes_received
+        if besides is not None:
+            replicas.take_over(besides)
+        return replicas
 
     @torch.no_grad()
     def local_experts(

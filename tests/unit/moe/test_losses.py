@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.errors import MoeError
 from sparsetrain.moe import MoELayer, auxiliary_loss
 from sparsetrain.moe.losses import balance_loss, z_loss
+from sparsetrain.parallel import MoEController
 from sparsetrain.testing import assert_close
 
 BATCH, SEQ_LEN, DIM = 8, 5, 6
@@ -46,6 +47,29 @@ def test_losses_equal_their_equations():
     assert auxiliary_loss(moe).item() == pytest.approx(0.3 * balance + 0.2 * z)
     moe(x)
     assert auxiliary_loss(moe, "sum").item() == pytest.approx(BATCH * SEQ_LEN * (0.3 * balance + 0.2 * z))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_layer_called_twice_costs_what_two_layers_do(reduction):
+    moe, (first, second) = layer(), inputs().split([3, 5])
+    alone = []
+    for x in (first, second):
+        moe(x)
+        alone.append(auxiliary_loss(moe, reduction))
+    moe(first)
+    with torch.no_grad():
+        moe(second)  # an evaluation in between changes nothing
+    moe(second)
+    assert_close(auxiliary_loss(moe, reduction), sum(alone))
+    assert auxiliary_loss(moe, reduction).item() == 0
+
+
+def test_losses_that_nobody_takes_are_gone_after_a_step():
+    moe = layer()
+    controller = MoEController(moe, torch.optim.SGD(moe.parameters(), lr=0.1))
+    moe(inputs()).sum().backward()
+    controller.after_step()
+    assert auxiliary_loss(moe).item() == 0
 
 
 def test_balance_by_sequence_is_the_mean_over_sequences():
@@ -146,16 +170,6 @@ def test_a_reentrant_checkpoint_is_refused():
         y.sum().backward()
 
 
-def test_losses_are_taken_once_and_are_those_of_the_latest_forward_pass():
-    moe, x = layer(), inputs()
-    moe(2 * x)
-    moe(x)
-    latest = auxiliary_loss(moe)
-    assert auxiliary_loss(moe).item() == 0
-    moe(x)
-    assert_close(auxiliary_loss(moe), latest)
-
-
 def test_a_layer_can_be_copied_between_forward_and_backward():
     moe = layer()
     moe(inputs())
@@ -200,11 +214,11 @@ def test_tokens_without_any_expert_cost_nothing():
     moe.router.weight.data.fill_(-1.0)
     moe(inputs().abs())
     assert moe.load.take().counts_E.tolist() == [0, 0, 0, 0]
-    (loss, _), penalty = moe.take_loss(), moe.router.config.locality_loss
+    ((loss, _),), penalty = moe.take_losses(), moe.router.config.locality_loss
     assert 0 <= loss.item() <= 0.1 * penalty  # neighbours that use the same experts, namely none
 
 
 def test_nothing_is_computed_where_no_weight_is_set():
     moe = layer(aux_loss=0.0, z_loss=0.0)
     moe(inputs())
-    assert moe.take_loss() is None
+    assert moe.take_losses() == []

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.config.moe import Replay
@@ -11,6 +12,7 @@ from sparsetrain.models import Transformer
 from sparsetrain.moe import MoELayer, build_router
 from sparsetrain.moe.placement.trace import LoadTrace
 from sparsetrain.moe.routers.replay import share_rows
+from sparsetrain.parallel import MoEController
 from sparsetrain.testing import assert_close
 
 STEPS, LAYERS, SOURCES, EXPERTS, TOP_K = 3, 2, 2, 5, 2
@@ -70,6 +72,17 @@ def test_experts_get_the_load_of_the_step(tmp_path, trace, layer):
         pairs = list(zip(routing.expert_R.tolist(), routing.token_R.tolist(), strict=True))
         assert pairs == sorted(set(pairs))
         replay.after_step(routing.counts_E)
+
+
+def test_a_resumed_run_goes_on_with_the_step_that_is_next(tmp_path, trace):
+    first, again = (nn.ModuleList([MoELayer(4, 3, EXPERTS, TOP_K, router=router(tmp_path))]) for _ in range(2))
+    controller = MoEController(first)
+    for _ in range(2):
+        controller.after_step()
+    MoEController(again).load_state_dict(controller.state_dict())
+    assert [layer.router(torch.randn(40, 4)).counts_E.tolist() for layer in (first[0], again[0])] == [
+        share_rows(trace.load_NLE[2, 0], 80, 40).tolist()
+    ] * 2
 
 
 def test_a_source_gets_its_own_load(tmp_path, trace):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sparsetrain.config.moe import DenseToSparse, ExpertChoice, Hash, ReluGate, SigmoidTopK, SoftmaxTopK
 from sparsetrain.errors import ConfigError, MoeError
-from sparsetrain.moe import Router, Routing, build_router
+from sparsetrain.moe import MoELayer, Router, Routing, build_router
 from sparsetrain.moe.routers.relu import chunk_sparsity_loss, locality_loss
+from sparsetrain.parallel import MoEController
 from sparsetrain.sharding import weight_shards
 from sparsetrain.testing import assert_close
 
@@ -258,6 +259,15 @@ def test_dense_to_sparse_goes_from_all_experts_to_top_k():
     assert temperatures[0] == pytest.approx(2.0)
     assert temperatures[2] == pytest.approx((2.0 * 0.3) ** 0.5)  # halfway on a logarithmic scale
     assert temperatures[5] == temperatures[6] == pytest.approx(0.3)
+
+
+def test_dense_to_sparse_goes_on_where_a_resumed_run_left_off():
+    layers = [MoELayer(DIM, 4, 8, 2, router=DenseToSparse(kind="dense_to_sparse", until=0.8)) for _ in range(2)]
+    controllers = [MoEController(layer, total_steps=10) for layer in layers]
+    for _ in range(4):
+        controllers[0].after_step()
+    controllers[1].load_state_dict(controllers[0].state_dict())
+    assert layers[0].router.temperature == layers[1].router.temperature == pytest.approx((2.0 * 0.3) ** 0.5)
 
 
 def test_gumbel_noise_is_for_training_only_and_has_the_right_size():
