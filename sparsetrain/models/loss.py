@@ -6,6 +6,7 @@ Shapes: N tokens, C tokens of a chunk, D model dim, V vocabulary.
 from typing import Any
 
 import torch
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import as_written, compute_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -45,15 +46,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_ND = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
         chunk = max(1, _CHUNK_BYTES.get(x_ND.device.type, _CHUNK_BYTES["cuda"]) // (exact.itemsize * len(weight)))
+        # Taken once: memory of this size is costly to get anew for every chunk.
+        logits, p = (new_result(x, min(chunk, len(x)), len(weight), dtype=of) for of in (dtype, exact))
         with as_written(x_ND.device):
             for start in range(0, len(x), chunk):
                 here = slice(start, start + chunk)
-                dlogits_CV = _cross_entropy(x[here] @ weight.mT, targets_N[here], loss).to(dtype)
-                counted_C1 = (targets_N[here] != IGNORED).unsqueeze(1)
+                x_CD, targets_C = x[here], targets_N[here]
+                logits_CV = torch.mm(x_CD, weight.mT, out=logits[: len(x_CD)])
+                dlogits_CV = _cross_entropy(logits_CV, targets_C, loss, p[: len(x_CD)])
+                if dtype != exact:
+                    dlogits_CV = logits_CV.copy_(dlogits_CV)
+                counted_C1 = (targets_C != IGNORED).unsqueeze(1)
                 if dx_ND is not None:
                     torch.mm(dlogits_CV, weight, out=dx_ND[here]).mul_(counted_C1)
                 if dweight_VD is not None:
-                    dweight_VD += dlogits_CV.mT @ (x[here] * counted_C1)
+                    dweight_VD += dlogits_CV.mT @ (x_CD * counted_C1)
         ctx.save_for_backward(dx_ND, dweight_VD)
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         return loss
@@ -68,9 +75,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *grads, None
 
 
-def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, loss: Tensor) -> Tensor:
-    """Add the chunk's loss to `loss`; return the loss's gradient by the logits, as if every token counted."""
-    p_CV = torch.softmax(logits_CV, dim=-1, dtype=loss.dtype)
+def _cross_entropy(logits_CV: Tensor, targets_C: Tensor, loss: Tensor, p_CV: Tensor) -> Tensor:
+    """Add the chunk's loss to `loss`; return its gradient by the logits, as if every token counted, in `p_CV`."""
+    exact_CV = logits_CV if logits_CV.dtype == p_CV.dtype else p_CV.copy_(logits_CV)
+    torch.softmax(exact_CV, dim=-1, out=p_CV)
     # log Σ exp by way of the largest probability: it is at least 1/V, and no logit is exponentiated twice.
     log_sum_C = logits_CV.amax(dim=-1).to(loss.dtype) - p_CV.amax(dim=-1).log()
     counted_C = targets_C != IGNORED
