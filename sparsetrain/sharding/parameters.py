@@ -44,7 +44,7 @@ def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Do not look for garbage: of 50,000 experts' shards nothing is, and looking takes five times as long as the rest."""
+    """Do not look for garbage: of 50,000 experts' shards nothing is, and looking takes five times the rest."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
