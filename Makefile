@@ -2,6 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 JOBS   ?= 2
+EXTRAS ?= ray,hf,dev
 
 # The environment's own tools first, and every cache inside it: nothing is written into the home folder.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -28,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --constraint constraints.txt torch
 	@$(PIP) install --constraint constraints.txt hatchling editables
-	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[ray,hf,dev]'
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
 	@$(PIP) check
 	@touch $@
 
