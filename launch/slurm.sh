@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run under SLURM: a Ray node on each machine of the allocation, the run on all of them, and nothing left afterwards.
+# One run under SLURM: a Ray node on each machine of the allocation, the run on all of them, and nothing left after it.
 #
 #   sbatch launch/slurm.sh my.yaml train.tokens=10B
 #
@@ -33,8 +33,9 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n') # of this job alone
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                         # and NCCL_IB_HCA etc. as the site recommends
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname --ip-address | awk '{print $1}'):$PORT
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r -a addresses < <(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address)
+address=${addresses[0]}:$PORT
 
 srun ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --disable-usage-stats \
   --num-cpus "$SLURM_CPUS_PER_TASK" --num-gpus "$GPUS" -- \

