@@ -7,6 +7,7 @@ import pytest
 import torch
 from sparsetrain_kernels import expert_ffn, expert_ffn_backward, expert_ffn_forward, moe_ffn
 from sparsetrain_kernels.expert_ffn import blocks, reference
+from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, round_rows
 from torch import Tensor
 
 COUNTS = {
@@ -217,7 +218,8 @@ def test_operators_pass_torchs_own_checks(activation: str, bias: bool) -> None:
     x_TD, weight_R, *weights = leaves
     weights += [None] * (4 - len(weights))
     routing = case.token_R, weight_R, case.counts_E
-    torch.library.opcheck(torch.ops.sparsetrain.moe_ffn.default, (x_TD, *routing, *weights, activation))
+    for x in (x_TD, x_TD.detach().bfloat16().requires_grad_()):  # bf16 rows are rounded up
+        torch.library.opcheck(torch.ops.sparsetrain.moe_ffn.default, (x, *routing, *weights, activation))
     x_RD = x_TD.detach()[case.token_R].bfloat16().requires_grad_()
     torch.library.opcheck(torch.ops.sparsetrain.expert_ffn.default, (x_RD, case.counts_E, *weights, activation))
 
@@ -243,5 +245,25 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, object], message: 
     case = Case([3, 0, 2], "swiglu", bias=False)
     x, weight, *weights = case.inputs()
     wrong = replace(case, **change)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        moe_ffn(x, case.token_R, weight, wrong.counts_E, *weights, activation=wrong.activation)  # type: ignore[arg-type]
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=message):
+            moe_ffn(x.to(dtype), case.token_R, weight, wrong.counts_E, *weights, activation=wrong.activation)  # type: ignore[arg-type]
+
+
+def test_rounded_rows_repeat_their_experts_last_row_without_weight() -> None:
+    token_R, weight_R = torch.arange(70) + 100, torch.rand(70) + 1
+    token_P, weight_P, counts, place_R = round_rows(token_R, weight_R, [3, 0, 66, 1], torch.bfloat16)
+    assert counts == [64, 0, 128, 64]
+    assert place_R is not None
+    assert place_R.tolist() == [0, 1, 2, *range(64, 130), 192]
+    torch.testing.assert_close(token_P[place_R], token_R, rtol=0, atol=0)
+    torch.testing.assert_close(weight_P[place_R], weight_R, rtol=0, atol=0)
+    added = torch.ones(len(token_P), dtype=torch.bool).index_fill_(0, place_R, False)
+    assert (weight_P[added] == 0).all()
+    assert token_P[added].tolist() == [102] * 61 + [168] * 62 + [169] * 63
+    assert len(token_P) <= num_rounded_rows(70, 4, torch.bfloat16, token_R.device)
+
+
+def test_rows_are_rounded_only_where_products_are_compiled_for_their_shape() -> None:
+    token_R, weight_R = torch.arange(5), torch.rand(5)
+    assert round_rows(token_R, weight_R, [3, 2], torch.float32) == (token_R, weight_R, [3, 2], None)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.expert_ffn.activation import activate, activate_backward
+from sparsetrain_kernels.expert_ffn.rounding import TILE_ROWS, check_counts
 from sparsetrain_kernels.memory import new_result
 
 Biases = Sequence[Tensor] | None
@@ -67,7 +68,7 @@ class Block(NamedTuple):
 
 
 def blocks(counts: Sequence[int], num_rows: int, row_bytes: int) -> list[Block]:
-    """Cut the rows of each expert into equal blocks that fit a cache.
+    """Cut the rows of each expert into blocks that fit a cache, of much the same size and of whole tiles.
 
     Args:
         counts: Rows of each expert; none for some, maybe.
@@ -77,12 +78,11 @@ def blocks(counts: Sequence[int], num_rows: int, row_bytes: int) -> list[Block]:
     Raises:
         ValueError: The counts do not add up to R.
     """
-    if sum(counts) != num_rows:
-        raise ValueError(f"counts add up to {sum(counts)} rows, and there are {num_rows}")
+    check_counts(counts, num_rows)
     most = max(_FEWEST_ROWS, _BLOCK_BYTES // row_bytes)
     found = []
     for expert, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        size = ceil(count / max(1, ceil(count / most)))
+        size = ceil(count / max(1, ceil(count / most)) / TILE_ROWS) * TILE_ROWS
         for first in range(end - count, end, max(size, 1)):
             found.append(Block(expert, slice(first, min(first + size, end)), first == end - count))
     return found

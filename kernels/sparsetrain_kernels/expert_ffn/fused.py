@@ -1,6 +1,7 @@
 """Gather, experts and weighted sum in one pass over blocks of rows, on a CPU: no copy of all rows is ever made.
 
-Shapes: T tokens, R rows, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up rows), F for GELU.
+Shapes: T tokens, R rows, P rows rounded up, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up
+rows), F for GELU.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.expert_ffn.blocks import Scratch, Weights, backward_block, blocks, forward_block
+from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, round_rows
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.permute.reference import combine
 from sparsetrain_kernels.precision import as_written
@@ -26,25 +28,28 @@ def moe_forward(
 
     Returns:
         y_TD: The sum, in the dtype of x.
-        h_RH: Hidden activations before their nonlinearity, for the backward pass.
-        y_RD: Outputs of the experts, likewise.
+        h_PH: Hidden activations before their nonlinearity, for the backward pass.
+        y_PD: Outputs of the experts, likewise.
     """
-    num_rows, dim = len(token_R), x_TD.shape[1]
-    h_RH, y_RD = new_result(x_TD, num_rows, weights.in_dim), new_result(x_TD, num_rows, dim)
-    parts = blocks(counts, len(h_RH), weights.in_dim * x_TD.itemsize)
+    dim, most = x_TD.shape[1], num_rounded_rows(len(token_R), len(counts), x_TD.dtype, x_TD.device)
+    h_PH, y_PD = new_result(x_TD, most, weights.in_dim), new_result(x_TD, most, dim)
+    token_P, weight_P, counts, _ = round_rows(token_R, weight_R, counts, x_TD.dtype)
+    for kept in (h_PH, y_PD):
+        kept[len(token_P) :].zero_()  # unused, but equal calls shall have equal results
+    parts = blocks(counts, len(token_P), weights.in_dim * x_TD.itemsize)
     scratch = Scratch(x_TD, parts)
     with as_written(x_TD.device):
         for block in parts:
-            x = torch.index_select(x_TD, 0, token_R[block.rows], out=scratch.take("x", block, dim))
-            forward_block(block, x, weights, activation, scratch, h_RH[block.rows], y_RD[block.rows])
-        return combine(y_RD, weight_R, token_R, len(x_TD)), h_RH, y_RD
+            x = torch.index_select(x_TD, 0, token_P[block.rows], out=scratch.take("x", block, dim))
+            forward_block(block, x, weights, activation, scratch, h_PH[block.rows], y_PD[block.rows])
+        return combine(y_PD[: len(token_P)], weight_P, token_P, len(x_TD)), h_PH, y_PD
 
 
 def moe_backward(
     dy_TD: Tensor,
     x_TD: Tensor,
-    h_RH: Tensor,
-    y_RD: Tensor,
+    h_PH: Tensor,
+    y_PD: Tensor,
     token_R: Tensor,
     weight_R: Tensor,
     counts: Sequence[int],
@@ -57,19 +62,21 @@ def moe_backward(
     Experts without rows are left out: their gradients stay as they are.
     """
     dim = x_TD.shape[1]
-    dx_RD, dweight_R = new_result(x_TD, *y_RD.shape), torch.empty_like(weight_R)
-    parts = blocks(counts, len(h_RH), weights.in_dim * x_TD.itemsize)
+    token_P, weight_P, counts, place_R = round_rows(token_R, weight_R, counts, x_TD.dtype)
+    dx_PD, dweight_P = new_result(x_TD, len(token_P), dim), torch.empty_like(weight_P)
+    parts = blocks(counts, len(token_P), weights.in_dim * x_TD.itemsize)
     scratch = Scratch(x_TD, parts)
     with as_written(x_TD.device):
         for block in parts:
-            rows, token = block.rows, token_R[block.rows]
+            rows, token = block.rows, token_P[block.rows]
             x, dy = (
                 torch.index_select(source, 0, token, out=scratch.take(name, block, dim))
                 for name, source in (("x", x_TD), ("dy", dy_TD))
             )
-            torch.sum(dy * y_RD[rows], 1, dtype=weight_R.dtype, out=dweight_R[rows])
-            dy.mul_(weight_R[rows].to(dy.dtype).unsqueeze(1))
+            torch.sum(dy * y_PD[rows], 1, dtype=weight_P.dtype, out=dweight_P[rows])
+            dy.mul_(weight_P[rows].to(dy.dtype).unsqueeze(1))
             backward_block(
-                block, dy, x, h_RH[rows], weights, activation, scratch, gradients, not block.is_first, dx_RD[rows]
+                block, dy, x, h_PH[rows], weights, activation, scratch, gradients, not block.is_first, dx_PD[rows]
             )
-        return combine(dx_RD, None, token_R, len(x_TD)), dweight_R
+        dweight_R = dweight_P if place_R is None else dweight_P.index_select(0, place_R)
+        return combine(dx_PD, None, token_P, len(x_TD)), dweight_R

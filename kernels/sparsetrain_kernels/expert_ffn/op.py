@@ -1,6 +1,7 @@
 """`expert_ffn` and `moe_ffn` as operators of torch, with their gradients.
 
-Shapes: T tokens, R rows, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up rows), F for GELU.
+Shapes: T tokens, R rows, P rows rounded up, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up
+rows), F for GELU.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from sparsetrain_kernels.expert_ffn.activation import Activation
 from sparsetrain_kernels.expert_ffn.blocks import Weights
 from sparsetrain_kernels.expert_ffn.by_expert import backward_of_rows, forward_of_rows
 from sparsetrain_kernels.expert_ffn.fused import moe_backward, moe_forward
+from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import compute_dtype
 
@@ -213,17 +215,18 @@ def _(
     w_out_EDF: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    h_RH, y_RD = (x_TD.new_empty(token_R.shape[0], dim) for dim in (w_in_EHD.shape[1], x_TD.shape[1]))
+    num_rows = num_rounded_rows(token_R.shape[0], w_in_EHD.shape[0], x_TD.dtype, x_TD.device)
+    h_PH, y_PD = (x_TD.new_empty(num_rows, dim) for dim in (w_in_EHD.shape[1], x_TD.shape[1]))
     casts = (_empty_cast(w, x_TD.dtype) for w in (w_in_EHD, w_out_EDF))
-    return x_TD.new_empty(x_TD.shape), h_RH, y_RD, *casts
+    return x_TD.new_empty(x_TD.shape), h_PH, y_PD, *casts
 
 
 @torch.library.custom_op("sparsetrain::moe_ffn_backward", mutates_args=())
 def _moe_ffn_backward(
     dy_TD: Tensor,
     x_TD: Tensor,
-    h_RH: Tensor,
-    y_RD: Tensor,
+    h_PH: Tensor,
+    y_PD: Tensor,
     token_R: Tensor,
     weight_R: Tensor,
     counts_E: Tensor,
@@ -240,7 +243,7 @@ def _moe_ffn_backward(
     weights = Weights.unstack(w_in_EHD, w_out_EDF, b_in, b_out)
     into = Weights.unstack(*gradients) if gradients else None
     dy_TD = dy_TD.to(x_TD.dtype)
-    dx, dweight = moe_backward(dy_TD, x_TD, h_RH, y_RD, token_R, weight_R, counts, weights, activation, into)
+    dx, dweight = moe_backward(dy_TD, x_TD, h_PH, y_PD, token_R, weight_R, counts, weights, activation, into)
     return [dx, dweight, *_present(gradients)]
 
 
@@ -248,8 +251,8 @@ def _moe_ffn_backward(
 def _(
     dy_TD: Tensor,
     x_TD: Tensor,
-    h_RH: Tensor,
-    y_RD: Tensor,
+    h_PH: Tensor,
+    y_PD: Tensor,
     token_R: Tensor,
     weight_R: Tensor,
     counts_E: Tensor,
@@ -260,11 +263,11 @@ def _(
 
 def _save_for_moe_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_TD, token_R, weight_R, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
-    _, h_RH, y_RD, w_in_C, w_out_C = output
+    _, h_PH, y_PD, w_in_C, w_out_C = output
     ctx.dtype = w_in.dtype
     ctx.set_materialize_grads(False)  # what is kept for the backward pass has none
     weights = _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out
-    ctx.save_for_backward(x_TD, h_RH, y_RD, token_R, weight_R, counts_E, *weights)
+    ctx.save_for_backward(x_TD, h_PH, y_PD, token_R, weight_R, counts_E, *weights)
 
 
 def _differentiate_moe_ffn(ctx: Any, dy_TD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
