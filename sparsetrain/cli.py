@@ -327,6 +327,7 @@ def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None, e
         check_as: Number of ranks to check for; None where `start` checks the run itself.
         event_lines: Print events for another process to show, instead of showing them.
     """
+    from sparsetrain.report.attention_layouts import plot_attention_layouts
     from sparsetrain.report.expert_load import plot_expert_load
     from sparsetrain.report.final import print_summary
     from sparsetrain.report.plot import plot_loss
@@ -344,6 +345,7 @@ def _watch(run: RunConfig, start: Callable[..., Any], *, check_as: int | None, e
     def report(event: Event) -> None:
         if isinstance(event, RunStarted):
             folders.append(Path(event.folder))
+            plot_attention_layouts(folders[-1])
         display(event)
 
     console = Console()

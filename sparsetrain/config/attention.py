@@ -184,8 +184,7 @@ class BlockSparseAttention(Section):
         if sum(counted) != num_heads:
             raise KeyConflict(
                 "heads",
-                f"their num_heads add up to {' + '.join(map(str, counted))} = {sum(counted)}; must be "
-                f"model.num_heads={num_heads}",
+                f"num_heads is {' + '.join(map(str, counted))} in them; must add up to model.num_heads={num_heads}",
             )
         return tuple(place for place, count in enumerate(counted) for _ in range(count))
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sparsetrain.config.attention import BlockSparseAttention
 from sparsetrain.config.data import BpeTokenizer, ByteTokenizer
 from sparsetrain.config.origin import KeyPath, dotted
 from sparsetrain.config.problem import InvalidConfig, Problem
@@ -48,8 +49,10 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
     yield from _tokenizers(config)
     yield from _holdouts(config)
     yield from _vocabulary(config)
+    yield from _attention(config)
     yield from _resources(config)
     yield from _experts(config)
+    yield from _engine(config)
 
 
 def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
@@ -162,6 +165,15 @@ def _vocabulary(config: RunConfig) -> Iterator[Conflict]:
         yield Conflict(("model", "vocab_size"), rows, message, (("data", "tokenizer"),))
 
 
+def _attention(config: RunConfig) -> Iterator[Conflict]:
+    attention = config.model.attention
+    if isinstance(attention, BlockSparseAttention):
+        for path, seq_len in _seq_lens(config):
+            if seq_len <= attention.block:
+                message = f"must be below {dotted(path)}={seq_len}, or a sample is one block, which sees itself"
+                yield Conflict(("model", "attention", "block"), attention.block, message, (path,))
+
+
 def _resources(config: RunConfig) -> Iterator[Conflict]:
     cpus, gpus = config.cluster.cpus_per_worker, config.cluster.gpus_per_worker
     if cpus > 1 and cpus != int(cpus):
@@ -178,6 +190,17 @@ def _experts(config: RunConfig) -> Iterator[Conflict]:
     if config.train.upcycle is not None and config.model.moe is None:
         message = "the model has no experts to be made of a dense model; add model.moe, or remove this key"
         yield Conflict(("train", "upcycle"), True, message, (("model", "moe"),))
+
+
+def _engine(config: RunConfig) -> Iterator[Conflict]:
+    engine: KeyPath = ("parallel", "engine")
+    if config.parallel.engine != "deepspeed":
+        if config.engine_overrides.deepspeed:
+            message = f"has no meaning with parallel.engine={config.parallel.engine}; remove it, or change the engine"
+            yield Conflict(("engine_overrides", "deepspeed"), dict(config.engine_overrides.deepspeed), message, (engine,))
+    elif config.train.compile:
+        message = "compiles with parallel.engine=torch only; remove it, or change the engine"
+        yield Conflict(("train", "compile"), True, message, (engine,))
 
 
 def _phase(index: int) -> KeyPath:

@@ -72,6 +72,8 @@ def _figures(summary: RunSummary, times: StepTimes | None) -> Table:
         table.add_row(" median step", f"{_step(times.dense_s)} dense, {_step(times.sparse_s)} with zeros{noise}")
     table.add_row(" speed", f"{scaled(summary.tokens_per_s)} tokens/s, MFU {percent(summary.mfu)} of the measured peak")
     table.add_row(" N_avg", f"{scaled(summary.n_avg)} non-zero linear parameters, mean over steps")
+    if summary.attention_flops_saved:
+        table.add_row(" sparse attention", _attention_saved(summary))
     if summary.experts is not None:
         _add_experts(table, summary, summary.experts)
     if summary.bad_steps:
@@ -104,6 +106,11 @@ def _saved(figures: RunSummary | PhaseSummary) -> str:
 def _flops_saved(summary: RunSummary) -> str:
     spent, dense = scaled(summary.train_flops), scaled(summary.dense_train_flops)
     return f"{_saved(summary)}: {spent} of {dense} FLOPs, zeros not counted"
+
+
+def _attention_saved(summary: RunSummary) -> str:
+    saved, all_flops = summary.attention_flops_saved, summary.dense_train_flops + summary.attention_flops_saved
+    return f"saves {percent(saved / all_flops)} of the {scaled(all_flops)} FLOPs with dense attention"
 
 
 def _seconds_saved(summary: RunSummary) -> str:

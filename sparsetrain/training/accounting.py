@@ -50,6 +50,7 @@ class Accountant:
         totals.model_flops += model_flops
         totals.executed_flops += model_flops + self._recomputed_per_token * result.num_tokens
         totals.dense_train_flops += model_flops
+        totals.attention_flops_saved += self._flops.attention_saved_per_token * result.num_tokens
         totals.nonzero_steps += self._nonzero_parameters
         self._densities = totals.layer_density = self._sparsity.densities()
         self._nonzero_parameters = self._nonzero_linear_parameters()

@@ -9,6 +9,7 @@ from sparsetrain.data import Dataset, Progress
 from sparsetrain.data.tokenizer import read_tokenizer_file
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import describe_parameters, match_rules
+from sparsetrain.training.attention_check import check_attention
 from sparsetrain.training.datasets import prepare_datasets
 from sparsetrain.training.setup import max_seq_len, vocab_rows
 
@@ -34,10 +35,12 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
         on_progress: Called while token shards are built.
 
     Raises:
-        ConfigError: The batch or mesh does not fit the ranks, a rule matches no weight, a block does not divide one.
+        ConfigError: The batch or mesh does not fit the ranks, a rule matches no weight, a block does not divide one, a
+            query sees no key.
         DataError: A corpus or tokenizer is missing, damaged or does not match.
     """
     check_world(config, world_size or config.cluster.workers)
+    check_attention(config)
     with torch.device("meta"):
         model = Transformer(config.model, vocab_rows(config, _vocab_size(config)), max_seq_len(config))
     parameters = describe_parameters(model)

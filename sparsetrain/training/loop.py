@@ -18,6 +18,7 @@ from sparsetrain.training.describe import describe_phase
 from sparsetrain.training.evaluation import evaluate
 from sparsetrain.training.events import EvalDone, Notice, PhaseStarted, Reporter, RunFinished, RunStarted, StepDone
 from sparsetrain.training.generation import sample_text
+from sparsetrain.training.kernel_choices import KernelChoices
 from sparsetrain.training.memory import out_of_memory_advice
 from sparsetrain.training.phase_plan import PhasePlan, plan_phases
 from sparsetrain.training.profiling import Profiler
@@ -45,6 +46,7 @@ class Run:
     engine: Engine
     sparsity: PhaseSparsity
     checkpoints: Checkpoints
+    kernels: KernelChoices
 
 
 def train(
@@ -79,7 +81,7 @@ def train(
         engine = build_engine(config, world, datasets[0].tokenizer)
         sparsity = PhaseSparsity(config, engine)
         checkpoints = Checkpoints(folder.checkpoints, config, engine, sparsity)
-        run = Run(config, world, folder, datasets, plan_phases(config), engine, sparsity, checkpoints)
+        run = Run(config, world, folder, datasets, plan_phases(config), engine, sparsity, checkpoints, KernelChoices())
         state = checkpoints.resume_or_start(lambda phase: begin_phase(run, phase, keep_state=False))
         peak_flops = measure_peak(config, world)
         with (
@@ -108,6 +110,8 @@ def train_phase(
     while state.phase_step < plan.num_steps:
         result = train_step(run.engine, run.sparsity.current, dataset, plan, config.train, state, run.world)
         record(StepDone(plan.phase.name, accountant.count(plan, state, result)))
+        for choice in run.kernels.after_step(plan.index):
+            record(Notice(choice))
         record.expert_load(state.step, result.experts)
         profiler.step_done()
         with accountant.paused():

@@ -6,6 +6,7 @@
     metrics.jsonl  evals.jsonl  tensorboard/        written by metrics.MetricsWriter
     checkpoints/      written by sparsetrain.checkpoint
     expert_load.npz   of a model with experts: the load of each in every step
+    attention_layouts.png                           of a model with sparse attention: the blocks that heads see
     summary.json      once the run is done;  loss.png  expert_load.png  profile/  logs/ of workers
 
 Nothing else in the folder is ever touched, and a folder that is not a run's is refused.
@@ -43,6 +44,7 @@ PROVENANCE_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 LOGS_FOLDER = "logs"
+ATTENTION_PLOT_FILE = "attention_layouts.png"
 
 _HEADER = "# sparsetrain run: the config as it was used, defaults included\n"
 _RESULTS = (
@@ -58,6 +60,7 @@ _RESULTS = (
     TRACE_FILE,
     "loss.png",
     "expert_load.png",
+    ATTENTION_PLOT_FILE,
 )
 """What a run writes besides its config, and all that overwriting deletes."""
 _DRIVER_LOCK, _WORKER_LOCK = ".driver.lock", ".lock"

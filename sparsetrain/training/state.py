@@ -17,6 +17,8 @@ class PhaseTotals:
     model_flops: float = 0.0
     """Executed FLOPs without the recomputation of activations: the numerator of MFU."""
     dense_train_flops: float = 0.0
+    attention_flops_saved: float = 0.0
+    """FLOPs that dense attention would have taken on top."""
     nonzero_steps: float = 0.0
     """Sum over steps of the non-zero parameters in linear layers."""
     density: float = 1.0

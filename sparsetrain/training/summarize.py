@@ -46,6 +46,7 @@ def summarize(
         train_flops=sum(phase.train_flops for phase in totals),
         executed_flops=executed,
         dense_train_flops=dense,
+        attention_flops_saved=sum(phase.attention_flops_saved for phase in totals),
         phases=tuple(_phase(phase.name, part) for phase, part in zip(config.phases, totals, strict=True)),
         seconds=seconds,
         seconds_saved=measured_seconds_saved(times, executed_flops=executed, dense_train_flops=dense),

@@ -79,7 +79,7 @@ class RunSummary:
     executed_flops: float
     """FLOPs that the kernels really multiplied."""
     dense_train_flops: float
-    """FLOPs of the same tokens through the same model without zeros."""
+    """FLOPs of the same tokens through the same model without zeros; sparse attention is the same in it."""
     phases: tuple[PhaseSummary, ...]
     seconds: float = 0.0
     """Wall time of the optimizer steps, evaluations and checkpoints left out."""
@@ -98,6 +98,8 @@ class RunSummary:
     """Those that a token uses: of E experts, top_k."""
     experts: ExpertSummary | None = None
     """None for a model without experts."""
+    attention_flops_saved: float = 0.0
+    """FLOPs, forward and backward, of the keys that block-sparse attention hides; no other figure counts them."""
 
     @property
     def multiplied_zeros(self) -> bool:

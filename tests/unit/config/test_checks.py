@@ -147,3 +147,51 @@ def test_a_resolved_config_of_expert_parallelism_loads_again(tmp_path: Path) -> 
 
     assert "spare_slots" in (tmp_path / "resolved.yaml").read_text()
     assert load_config(tmp_path / "resolved.yaml") == run
+
+
+ATTENTION = """\
+name: tiny
+model:
+  dim: 32
+  num_layers: 4
+  num_heads: 4
+  attention: {kind: block_sparse, block: 32, heads: [{kind: local, width: 2}], layers: [1, 3]}
+data: {seq_len: 256}
+train: {tokens: 4Ki, batch_tokens: 2Ki}
+"""
+UNION = "model.attention.heads=[{kind: union, of: [{kind: local, width: 2%s}, {kind: %s, width: 1}]}]"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.attention=sparse", "expected one of dense, block_sparse; did you mean block_sparse?"),
+        ("model.attention={block: 32, heads: [dense]}", "attention.kind: missing; expected one of dense, block_sparse"),
+        ("model.attention.block=40", "model.attention.block=40: must be a multiple of 16"),
+        ("model.attention.block=256", "must be below data.seq_len=256, or a sample is one block, which sees itself"),
+        ("model.attention.heads=[]", "expected at least 1 value(s), and there are 0"),
+        ("model.attention.heads=[{kind: locl, width: 2}]", "heads.0.kind = locl: expected one of dense, local, sink"),
+        ("model.attention.heads=[local]", "model.attention.heads.0.width: missing (Blocks, the query's own included)"),
+        ("model.attention.heads=[{kind: local, width: 0}]", "model.attention.heads.0.width = 0: must be above 0"),
+        ("model.attention.heads=[{kind: local, width: 1, stride: 2}]", "heads.0.stride = 2: unknown key"),
+        (UNION % ("", "snk"), "model.attention.heads.0.of.1.kind = snk: expected one of"),
+        (UNION % (", num_heads: 2", "sink"), "heads.0.of.0.num_heads: a part of a pattern has no heads of its own"),
+        ("model.attention.heads=[dense, dense, dense, dense, dense]", "5 patterns for num_heads=4; remove some"),
+        (
+            "model.attention.heads=[{kind: dense, num_heads: 1}, {kind: local, width: 1, num_heads: 2}]",
+            "num_heads is 1 + 2 in them; must add up to model.num_heads=4",
+        ),
+        (
+            "model.attention.heads=[{kind: dense, num_heads: 1}, {kind: local, width: 1}]",
+            "model.attention.heads.1: has no num_heads and another pattern has; write it in all of them, or in none",
+        ),
+        ("model.attention.layers=[1, 4]", "there is no layer 4; num_layers=4, counted from 0"),
+        ("model.attention.layers=[1, 1]", "names a layer twice"),
+        ("model.attention.layers={every: 5}", "must not be above num_layers=4: no layer would be sparse"),
+        ("model.attention.layers=odd", "model.attention.layers=odd: expected all, {every: k} or a list of layers"),
+    ],
+)
+def test_attention_that_does_not_fit_is_explained(mistakes: Mistakes, override: str, expected: str) -> None:
+    (line,) = mistakes(ATTENTION, override)
+
+    assert expected in line
