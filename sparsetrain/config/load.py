@@ -24,7 +24,11 @@ _STAND_INS: dict[str, Any] = {"name": "unnamed", "model": {"dim": 64, "num_layer
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, world_size: int | None = None
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    was_trained: bool = False,
 ) -> RunConfig:
     """Read a run's YAML.
 
@@ -32,13 +36,15 @@ def load_config(
         path: The file.
         overrides: `key=value` each, as on the command line: `["train.tokens=2M", "sparsity.0.sparsity=0.5"]`.
         world_size: Number of ranks, where something other than `cluster.workers` decides it (torchrun).
+        was_trained: The file is that of a run that has begun, and need not fit any number of ranks: on how many it was
+            trained, it does not say where something other than `cluster.workers` decided.
 
     Raises:
         ConfigError: The file cannot be read or is not YAML; or anything in it is wrong: the message lists all of it,
             each with file and line (or override), key, value and fix.
     """
     parsed = apply_overrides(_read_mapping(path), overrides)
-    config, problems = _validate(parsed.value, parsed.origins, world_size)
+    config, problems = _validate(parsed.value, parsed.origins, world_size, checks_ranks=not was_trained)
     problems = [*parsed.problems, *problems]
     if problems:
         raise InvalidConfig(str(path), sorted(problems, key=_place))
@@ -73,7 +79,9 @@ def _read_mapping(path: str | os.PathLike[str]) -> Any:
     return parsed
 
 
-def _validate(raw: Any, origins: Origins, world_size: int | None) -> tuple[RunConfig | None, list[Problem]]:
+def _validate(
+    raw: Any, origins: Origins, world_size: int | None, *, checks_ranks: bool
+) -> tuple[RunConfig | None, list[Problem]]:
     """Find all problems: where a section is broken, it is taken out and the rest is checked further."""
     raw = copy.deepcopy(raw)
     problems: list[Problem] = []
@@ -92,7 +100,9 @@ def _validate(raw: Any, origins: Origins, world_size: int | None) -> tuple[RunCo
             broken |= {problem.path, *_meant(problem.path, completed)}
         if not _mend(raw, [problem.path for problem in found]):
             return None, problems
-    clashes = [*conflicts(config), *world_conflicts(config, world_size or config.cluster.workers)]
+    clashes = [*conflicts(config)]
+    if checks_ranks:
+        clashes += world_conflicts(config, world_size or config.cluster.workers)
     for clash in clashes:
         if not any(_touches(path, broken) for path in (clash.path, *clash.others)):
             problems.append(_as_problem(clash, completed, origins))

@@ -28,7 +28,7 @@ def plot_attention_layouts(folder: Path) -> Path | None:
     folder = Path(folder)
     if not (folder / CONFIG_FILE).is_file():
         return None
-    config = load_config(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE, was_trained=True)
     if not isinstance(config.model.attention, BlockSparseAttention):
         return None
     path = folder / ATTENTION_PLOT_FILE

@@ -124,7 +124,7 @@ def _read(folder: Path) -> _Loads:
     sum_LBN = np.add.reduceat(load_LEN, first_N, axis=2)
     with np.errstate(invalid="ignore"):
         share_LEB = sum_LBN / sum_LBN.mean(axis=1, keepdims=True)
-    layers = load_config(folder / CONFIG_FILE).model.moe_layers
+    layers = load_config(folder / CONFIG_FILE, was_trained=True).model.moe_layers
     return _Loads(folder.resolve().name, layers, edges, share_LEB, tuple(phases))
 
 

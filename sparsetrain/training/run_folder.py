@@ -264,7 +264,7 @@ def _last_row(path: Path) -> Row | None:
 def _take_over(path: Path, config: RunConfig) -> list[str]:
     """Go on with a run of the same config; returns what has changed in how it is computed."""
     try:
-        before = load_config(path / CONFIG_FILE)
+        before = load_config(path / CONFIG_FILE, was_trained=True)
     except ConfigError as error:
         raise RunFolderError(
             f"{path} cannot be resumed, because the config it was started with cannot be read:\n{error}\n"

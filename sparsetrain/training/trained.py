@@ -42,7 +42,7 @@ class TrainedRun:
         for name in (CONFIG_FILE, TOKENIZER_FILE):
             if not (folder / name).is_file():
                 raise RunFolderError(f"{folder}: not a run folder, {name} is missing; name the output folder of a run")
-        config = load_config(folder / CONFIG_FILE)
+        config = load_config(folder / CONFIG_FILE, was_trained=True)
         tokenizer = _load_tokenizer(folder / TOKENIZER_FILE)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Transformer(config.model, vocab_rows(config, tokenizer.vocab_size), max_seq_len(config))

@@ -1,17 +1,20 @@
 """Passes in flight, transfers ahead of their layers, and loads at the edge, on two ranks."""
 
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.moe import MoELayer
-from sparsetrain.moe.placement import Placement
+from sparsetrain.moe.placement import ExpertBytes, Placement, materialised_bytes
 from sparsetrain.parallel import parallelize
 from sparsetrain.parallel.fssdp.controller import runtimes_of
+from sparsetrain.parallel.fssdp.replicas import LocalExperts, Replicas
 from sparsetrain.sharding import weight_shards
 from sparsetrain.testing import assert_close, run_distributed
 
@@ -19,13 +22,15 @@ DIM, NUM_EXPERTS = 8, 4
 
 
 class Model(nn.Module):
-    """Two MoE layers, called last to first if `is_reversed`."""
+    """MoE layers, called last to first if `is_reversed`."""
 
-    def __init__(self, *, checkpointed: bool = False, is_reversed: bool = False) -> None:
+    def __init__(
+        self, num_layers: int = 2, *, checkpointed: bool = False, is_reversed: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.checkpointed, self.is_reversed = checkpointed, is_reversed
-        self.layers = nn.ModuleList(MoELayer(DIM, 12, NUM_EXPERTS, 2) for _ in range(2)).double()
+        self.layers = nn.ModuleList(MoELayer(DIM, 12, NUM_EXPERTS, 2, **options) for _ in range(num_layers)).double()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in reversed(self.layers) if self.is_reversed else self.layers:
@@ -136,6 +141,64 @@ def check_all_tokens_to_one_rank() -> None:
     assert plan.load_D.max() <= 14
 
 
+def check_peak_of_replicas(*, rematerialise: bool) -> None:
+    """What is alive of replicas, whenever some are made: two layers' weights and one layer's gradients, or the formula.
+
+    Waiting for an excess to go away is waiting for a thread of gloo that lets go late, or for the time limit.
+    """
+    model = spread(Model(num_layers=5), rematerialise=rematerialise)
+    (runtime,) = runtimes_of(model)
+    store, expert = runtime.store, ExpertBytes(runtime.store.spec.numel, replica_itemsize=8, gradient_itemsize=8)
+    allowed = materialised_bytes(runtime.placements, dist.get_rank(), expert, freed=rematerialise)
+    assert allowed == (3 if rematerialise else 6) * expert.replica
+    made: dict[StorageWeakRef, int] = {}
+    peaks: list[int] = []
+
+    def see(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        made[StorageWeakRef(storage)] = storage.nbytes()
+        del storage, tensor
+        while (alive := sum(size for each, size in made.items() if not each.expired())) > allowed:
+            os.sched_yield()
+        peaks.append(alive)
+
+    gather, gradients = store.start_gather, store.gradients
+
+    def start_gather(*arguments: Any) -> Replicas:
+        replicas = gather(*arguments)
+        see(replicas.room)
+        return replicas
+
+    def open_gradients(layer: int, replicas: Replicas) -> LocalExperts:
+        opened = gradients(layer, replicas)
+        see(replicas.gradients("w_in")[0])
+        return opened
+
+    store.start_gather, store.gradients = start_gather, open_gradients  # type: ignore[method-assign]
+    model(inputs([6, 7], 0)).square().sum().backward()
+    assert len(peaks) == (15 if rematerialise else 10)
+    assert max(peaks) == allowed
+
+
+def check_capacity(overflow: str) -> None:
+    """A rank's tokens compete for its share of an expert's capacity, wherever the expert is."""
+    options: dict[str, Any] = {"capacity_factor": 0.7, "overflow": overflow}
+    oracle, model = Model(**options), spread(Model(**options))
+    sizes = [11, 6]
+    whole = torch.randn(17, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outputs = [oracle(x) for x in whole.split(sizes)]
+    sum(y.square().sum() for y in outputs).backward()
+    y = model(inputs(sizes, 0))
+    y.square().sum().backward()
+    assert_close(y, outputs[dist.get_rank()])
+    assert_same_gradients(model, oracle)
+    for ours, theirs in zip(model.layers, oracle.layers, strict=True):
+        dropped = ours.load.read().dropped
+        assert dropped > 0
+        dist.all_reduce(dropped)
+        assert dropped == theirs.load.read().dropped
+
+
 def check_bf16_autocast() -> None:
     oracle, model = Model().float(), spread(Model().float())
     x = inputs([300, 200], 0).float()
@@ -151,6 +214,10 @@ def check_all() -> None:
     check_order_of_transfers()
     check_replicas_of_old_weights_are_not_used()
     check_all_tokens_to_one_rank()
+    for rematerialise in (False, True):
+        check_peak_of_replicas(rematerialise=rematerialise)
+    for overflow in ("drop", "pad"):
+        check_capacity(overflow)
     check_bf16_autocast()
 
 

@@ -51,9 +51,9 @@ def owned_bytes(owners_LE: IntArray, device: int, expert: ExpertBytes) -> int:
 def materialised_bytes(placements: list[Placement], device: int, expert: ExpertBytes, *, freed: bool) -> int:
     """Peak bytes of a device's replicas over a step.
 
-    Kept from forward to backward, they are there in all layers at once. Freed after each layer (re-materialisation), at
-    most two neighbours' are there: those of the layer that is computed, and of the one that is next. Of gradients, two
-    neighbours' are there in either case: one layer's are computed while those of the layer after it travel home.
+    Kept, the weights of all layers are there when the backward pass begins, and go layer by layer. Freed after their
+    layer (re-materialisation), a layer's are there, and those of the layer that is next while they are gathered. Of
+    gradients there are those of the layer that is computed, and of the one before while they travel home.
 
     Args:
         placements: One a layer.
@@ -61,10 +61,19 @@ def materialised_bytes(placements: list[Placement], device: int, expert: ExpertB
         expert: Bytes of an expert.
         freed: Whether replicas are freed after the forward pass of their layer and gathered again in the backward pass.
     """
-    replicas_L = [len(placement.replicas_of(device)) for placement in placements]
-    of_two = max((sum(replicas_L[layer : layer + 2]) for layer in range(len(replicas_L))), default=0)
-    weights = of_two if freed else sum(replicas_L)
-    return weights * expert.replica + of_two * expert.replica_gradient
+    return _peak_bytes([len(placement.replicas_of(device)) for placement in placements], expert, freed=freed)
+
+
+def _peak_bytes(replicas_L: list[int], expert: ExpertBytes, *, freed: bool) -> int:
+    """Peak bytes of so many replicas in each layer."""
+    peak = 0
+    for layer, here in enumerate(replicas_L):
+        held = here if freed else sum(replicas_L[: layer + 1])
+        travelling = here + sum(replicas_L[layer + 1 : layer + 2])
+        computing = held * expert.replica + travelling * expert.replica_gradient
+        gathering = sum(replicas_L[max(layer - 1, 0) : layer + 1]) if freed else held
+        peak = max(peak, computing, gathering * expert.replica + here * expert.replica_gradient)
+    return peak
 
 
 def received_bytes(placement: Placement, device: int, expert: ExpertBytes) -> int:
@@ -84,8 +93,7 @@ def check_slots(slots: int, num_layers: int, expert: ExpertBytes, *, freed: bool
     Raises:
         PlacementError: Filled slots would take more than `available_bytes`.
     """
-    layers = min(num_layers, 2) if freed else num_layers
-    per_slot = layers * expert.replica + min(num_layers, 2) * expert.replica_gradient
+    per_slot = _peak_bytes([1] * num_layers, expert, freed=freed)
     needed = slots * per_slot
     if needed > available_bytes:
         fitting = available_bytes // per_slot

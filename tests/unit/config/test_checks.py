@@ -72,6 +72,17 @@ def test_torchrun_decides_the_number_of_ranks(mistakes: Mistakes) -> None:
     assert "which 3 ranks cannot share evenly" in line
 
 
+def test_the_config_of_a_run_that_torchrun_trained_loads_whatever_its_number_of_workers(tmp_path: Path) -> None:
+    layout = ["parallel={shard: full, shard_size: 4, experts: ep, ep: 2}", "cluster.workers=1"]
+    (tmp_path / "run.yaml").write_text(MOE)
+    run = load_config(tmp_path / "run.yaml", layout, world_size=4)
+    (tmp_path / "config.yaml").write_text(dump_config(run))
+
+    with pytest.raises(ConfigError, match="must divide the number of ranks, 1"):
+        load_config(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", was_trained=True) == run
+
+
 def test_vocabulary_holds_the_trained_tokenizer(mistakes: Mistakes) -> None:
     (line,) = mistakes(RUN, "model.vocab_size=512", "data.tokenizer={kind: bpe, vocab_size: 1024}")
 

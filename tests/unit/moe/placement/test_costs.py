@@ -153,22 +153,35 @@ def test_replicas_are_received_and_their_gradients_returned():
     assert [returned_bytes(PLACEMENT, device, EXPERT) for device in range(3)] == [4000, 0, 2000]
 
 
-def test_kept_replicas_add_up_over_layers_and_freed_ones_do_not():
+@pytest.mark.parametrize(
+    ("layers", "kept", "freed"),
+    [
+        pytest.param("", 0, 0, id="no layer"),
+        pytest.param(".", 0, 0, id="no replica"),
+        pytest.param("r", 4000, 4000, id="weights and gradients of one"),
+        pytest.param("rr.r", 4 * 2000, 6000, id="neighbours"),
+        pytest.param("r.r.r", 4 * 2000, 4000, id="no neighbours"),
+        pytest.param("rrrrr", 6 * 2000, 6000, id="kept ones add up"),
+    ],
+)
+def test_kept_replicas_add_up_over_layers_and_freed_ones_do_not(layers, kept, freed):
     alone = Placement.of_owners(PLACEMENT.owner_E, 3)
-    layers = [PLACEMENT, PLACEMENT, alone, PLACEMENT]
-    assert materialised_bytes(layers, 0, EXPERT, freed=False) == 3 * 2000 + 2 * 2000
-    assert materialised_bytes(layers, 0, EXPERT, freed=True) == 2 * 2000 + 2 * 2000
-    assert materialised_bytes([PLACEMENT, alone, PLACEMENT], 0, EXPERT, freed=True) == 2000 + 2000
-    assert materialised_bytes([alone], 0, EXPERT, freed=False) == 0
-    assert materialised_bytes([], 0, EXPERT, freed=True) == 0
+    placements = [PLACEMENT if layer == "r" else alone for layer in layers]
+    assert materialised_bytes(placements, 0, EXPERT, freed=False) == kept
+    assert materialised_bytes(placements, 0, EXPERT, freed=True) == freed
+
+
+def test_gradients_in_fp32_weigh_more_than_weights_in_bf16():
+    expert = ExpertBytes(numel=1000, gradient_itemsize=4)
+    assert materialised_bytes([PLACEMENT] * 4, 0, expert, freed=True) == 2000 + 2 * 4000
+    assert materialised_bytes([PLACEMENT] * 4, 0, expert, freed=False) == 3 * 2000 + 2 * 4000
 
 
 def test_slots_that_exceed_memory_are_refused_with_the_number_that_fits():
-    """A slot takes 4 layers' weights, or 2 where they are freed, and 2 layers' gradients: 12,000 or 8,000 bytes."""
-    check_slots(2, 4, EXPERT, freed=False, available_bytes=24_000)
+    """A slot takes 4 layers' weights, or 2 where they are freed, and a layer's gradients: 10,000 or 6,000 bytes."""
+    check_slots(2, 4, EXPERT, freed=False, available_bytes=20_000)
     with pytest.raises(PlacementError, match="use at most 2, or re-materialise"):
-        check_slots(3, 4, EXPERT, freed=False, available_bytes=35_999)
-    check_slots(3, 4, EXPERT, freed=True, available_bytes=24_000)
+        check_slots(3, 4, EXPERT, freed=False, available_bytes=29_999)
+    check_slots(3, 4, EXPERT, freed=True, available_bytes=18_000)
     with pytest.raises(PlacementError, match=r"use at most 3$"):
-        check_slots(4, 4, EXPERT, freed=True, available_bytes=31_999)
-    check_slots(2, 1, EXPERT, freed=False, available_bytes=8_000)  # one layer has one layer's of each
+        check_slots(4, 4, EXPERT, freed=True, available_bytes=20_000)
