@@ -110,13 +110,50 @@ def test_one_rank_trains_as_one_process_does(one_process: Path) -> None:
         assert_same_training(one_process / "alone", alone / name)
 
 
-@pytest.mark.slow
-def test_four_ranks_train_as_one_process_does(one_process: Path) -> None:
-    names = ["ep-full", "fssdp-ddp", "fssdp-groups", "fssdp-groups-full"]
+ON_FOUR = ["ep-full", "fssdp-ddp", "fssdp-groups", "fssdp-groups-full"]
+Stages = list[tuple[str, str, int | None]]
+"""Runs, each a folder, a layout, and the step inside which it is stopped; None: it goes on to its end."""
+
+
+@pytest.fixture(scope="module")
+def four_ranks(one_process: Path) -> Path:
+    """Runs over four ranks, and the beginnings of two more."""
     ranked = beside(one_process, "4")
-    run_distributed(train_layouts, 4, ranked, names, timeout_s=300)
-    for name in names:
-        assert_same_training(one_process / "alone", ranked / name)
+    begun: Stages = [("all-ways", "fssdp-ddp", 6), ("groups", "fssdp-groups-full", 6)]
+    run_distributed(train_and_begin, 4, ranked, ON_FOUR, begun, timeout_s=300)
+    return ranked
+
+
+def train_and_begin(folder: Path, names: list[str], begun: Stages) -> None:
+    train_layouts(folder, names)
+    go_on(folder, begun)
+
+
+@short_samples()
+def go_on(folder: Path, stages: Stages) -> None:
+    for run, name, step in stages:
+        config = layout(folder, name, output=str(folder / run))
+        if step is None:
+            train(config, on_existing="resume")
+            continue
+        with pytest.raises(Interrupted):
+            train_until(config, step=step, on_existing="resume")
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_process_does(one_process: Path, four_ranks: Path) -> None:
+    for name in ON_FOUR:
+        assert_same_training(one_process / "alone", four_ranks / name)
+
+
+@pytest.mark.slow
+def test_runs_of_four_ranks_go_on_over_two_on_one_and_without_ranks(one_process: Path, four_ranks: Path) -> None:
+    """Each stage resumes from the last checkpoint before the step that stopped the one before."""
+    run_distributed(go_on, 2, four_ranks, [("all-ways", "ep-full", 9), ("groups", "fssdp-ddp", None)], timeout_s=200)
+    go_on(four_ranks, [("all-ways", "fssdp-ddp", 11), ("all-ways", "alone", None)])
+
+    for run in ("all-ways", "groups"):
+        assert_same_training(one_process / "alone", four_ranks / run)
 
 
 def assert_same_training(oracle: Path, run: Path) -> None:
@@ -167,22 +204,3 @@ def test_interrupted_ranks_go_on_bitwise(one_process: Path, two_ranks: Path) -> 
         for key in ("loss", "aux_loss", "grad_norm", "density", "expert_imbalance", "device_imbalance", "replicas"):
             expected = [row[key] for row in rows_of(two_ranks / name)]
             assert [row[key] for row in rows_of(broken / name)] == expected, (name, key)
-
-
-def test_a_run_goes_on_as_fssdp_then_on_one_rank_and_then_without(one_process: Path) -> None:
-    folder = beside(one_process, "moved")
-    output = str(folder / "moved")
-    run_distributed(train_until_as, 2, folder, output, [("ep-full", 6), ("fssdp-ddp", 9)], timeout_s=300)
-    train_until_as(folder, output, [("fssdp-ddp", 11)])
-    train(layout(folder, "alone", output=output), on_existing="resume")
-
-    for key, tolerance in (("loss", 2e-5), ("aux_loss", 1e-4)):
-        expected = [row[key] for row in rows_of(one_process / "alone")]
-        assert [row[key] for row in rows_of(output)] == pytest.approx(expected, rel=tolerance), key
-    assert LoadTrace.load(Path(output) / "expert_load.npz").step_N.tolist() == list(range(1, 13))
-
-
-def train_until_as(folder: Path, output: str, stages: list[tuple[str, int]]) -> None:
-    for name, step in stages:
-        with pytest.raises(Interrupted):
-            train_until(layout(folder, name, output=output), step=step, on_existing="resume")
