@@ -10,7 +10,8 @@ class KernelChoices:
     """Tells each choice once: the problem, the implementation, and the times that it was chosen by."""
 
     def __init__(self) -> None:
-        self._told = {str(choice) for choice in dispatch.choices()}  # of an earlier run in this process
+        dispatch.forget_choices()  # those of an earlier run in this process
+        self._told: set[str] = set()
         self._phases: set[int] = set()
 
     def after_step(self, phase: int) -> list[str]:

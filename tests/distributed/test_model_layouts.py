@@ -8,15 +8,23 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsetrain.config.model import ModelConfig
+from sparsetrain.config import BlockSparseAttention, ModelConfig
 from sparsetrain.models import Transformer, initialize_
 from sparsetrain.sharding import weight_modules
 from sparsetrain.testing import assert_close, run_distributed
 
-VOCAB, SEQ_LEN, BATCH = 128, 24, 4
+VOCAB, SEQ_LEN, BATCH = 128, 40, 4
+SPARSE = BlockSparseAttention(
+    kind="block_sparse",
+    block=16,
+    heads=[{"kind": "union", "of": [{"kind": "local", "width": 1}, {"kind": "strided", "stride": 2}]}],
+    layers=[1],
+    within_documents=True,
+)
 CONFIGS = [
     ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, init_std=0.2),
     ModelConfig(arch="gpt2", dim=32, num_layers=2, num_heads=4, init_std=0.2),
+    ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, init_std=0.2, attention=SPARSE),
 ]
 
 
@@ -49,7 +57,8 @@ LAYOUTS = [replicated, fully_sharded, partial(fully_sharded, checkpointed=True)]
 def samples():
     generator = torch.Generator().manual_seed(0)
     tokens, targets = torch.randint(VOCAB, (2, BATCH, SEQ_LEN), generator=generator)
-    return tokens, targets
+    document_ids = (torch.rand(BATCH, SEQ_LEN, generator=generator) < 0.1).cumsum(1)
+    return tokens, targets, document_ids
 
 
 def named(model):
@@ -59,17 +68,18 @@ def named(model):
 def check_layouts_against_one_process():
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
-    tokens, targets = samples()
+    whole = samples()
+    part = [tensor[mine] for tensor in whole]
     for config in CONFIGS:
         oracle = materialize(build(config), config)
-        expected = oracle(tokens, targets)
+        expected = oracle(*whole)
         expected.backward()
         wanted = dict(oracle.named_parameters())
         for layout in LAYOUTS:
             model = layout(config)
             for name, parameter in named(model):
                 assert_close(parameter, wanted[name], rtol=0.0, atol=0.0)
-            loss = model(tokens[mine], targets[mine])
+            loss = model(*part)
             (loss * size).backward()  # data parallelism averages over ranks; the sum is wanted
             dist.all_reduce(loss.detach_())
             assert_close(loss, expected)

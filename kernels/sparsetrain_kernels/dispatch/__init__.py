@@ -10,6 +10,7 @@ from sparsetrain_kernels.dispatch.operation import (
     Operation,
     choices,
     explain,
+    forget_choices,
     table,
     use_table,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Table",
     "choices",
     "explain",
+    "forget_choices",
     "hardware_name",
     "load_table",
     "measure",

@@ -125,8 +125,7 @@ def use_table(device: str, new: Table | None) -> None:
         _TABLES.pop(device, None)
     else:
         _TABLES[device] = new
-    for operation in OPERATIONS.values():
-        operation._choices.clear()
+    forget_choices()
 
 
 def explain(
@@ -143,5 +142,11 @@ def explain(
 
 
 def choices() -> list[Choice]:
-    """All choices that this process has made so far, by operation."""
+    """All choices that this process has made since `forget_choices`, by operation."""
     return [choice for _, operation in sorted(OPERATIONS.items()) for choice in operation._choices.values()]
+
+
+def forget_choices() -> None:
+    """Choose anew from now on, with the same results, so that `choices` tells what has been needed since."""
+    for operation in OPERATIONS.values():
+        operation._choices.clear()
