@@ -42,7 +42,9 @@ def test_a_sparse_run_counts_what_its_layout_leaves_and_says_which_kernels_ran(f
     assert summary.train_flops == summary.executed_flops == pytest.approx(6 * 256 * flops.train_per_token())
     assert summary.attention_flops_saved == pytest.approx(6 * 256 * flops.attention_saved_per_token)
     notices = [event.message for event in events if isinstance(event, Notice)]
-    assert [message.partition(" ")[0] for message in notices if "attention" in message and "density 0.7" in message] == [
+    assert [
+        message.partition(" ")[0] for message in notices if "attention" in message and "density 0.7" in message
+    ] == [
         "block_sparse_attention.gradients",
         "block_sparse_attention.output",
     ]
