@@ -18,13 +18,33 @@ from sparsetrain.testing import assert_close
 from tests.kernels.block_attention_cases import CALLS, Call, check, computed, expected
 
 CALL = Call(tokens=57)
+IMPLEMENTATIONS = ["cpu", "dense", "reference"]
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_output_and_gradients_are_those_of_the_oracle(call: Call, dtype: torch.dtype, implementation: str) -> None:
     check(call, dtype, implementation)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "dense"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_gradients_of_the_output_alone_are_those_of_the_oracle(call: Call, implementation: str) -> None:
+    """Without a gradient of the log-sum-exp, which torch's own operator does not know, another path is taken."""
+    layout, (q, k, v, dout, dlse) = call.layout(), call.tensors(torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = block_sparse_attention(
+        *inputs,
+        layout,
+        causal=call.causal,
+        scale=call.scale,
+        cu_seqlens=call.cu_seqlens(),
+        implementation=implementation,
+    )
+    _, _, *wanted = expected(call, layout, [*(x.detach() for x in inputs), dout, torch.zeros_like(dlse)])
+    for gradient, oracle in zip(torch.autograd.grad(out, inputs, dout), wanted, strict=True):
+        assert_close(gradient, oracle)
 
 
 @given(
@@ -66,7 +86,7 @@ def test_fast_path_computes_the_same_row_by_row_as_many_rows_at_once(monkeypatch
         assert_close(one, other)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_visible_key_gives_zero_and_no_gradient(implementation: str) -> None:
     layout = BlockLayout.from_mask(torch.zeros(1, 4, 4, dtype=torch.bool), 16)
     out, lse, *gradients = computed(CALL, layout, CALL.tensors(torch.float32), implementation)
@@ -75,14 +95,26 @@ def test_no_visible_key_gives_zero_and_no_gradient(implementation: str) -> None:
         assert torch.equal(x, torch.zeros_like(x))
 
 
-def test_dense_layout_is_dense_attention() -> None:
-    q, k, v, *_ = (x.transpose(1, 2) for x in CALL.tensors(torch.float32))
-    layout = BlockLayout.build(Dense(), 57, block=16)
-    ours = block_sparse_attention(*(x.transpose(1, 2) for x in (q, k, v)), layout, causal=True)
-    assert_close(ours.transpose(1, 2), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_a_layout_that_hides_nothing_is_dense_attention(causal: bool, implementation: str | None) -> None:
+    call = Call(tokens=57, heads=4, kv_heads=2)
+    q, k, v, dout, _ = call.tensors(torch.float32)
+    layout = BlockLayout.build(Dense(), 57, block=16, causal=causal)
+    results = []
+    for is_ours in (True, False):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        if is_ours:
+            out = block_sparse_attention(*inputs, layout, causal=causal, implementation=implementation)
+        else:
+            heads_first = (x.transpose(1, 2) for x in inputs)
+            out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True).transpose(1, 2)
+        results.append([out, *torch.autograd.grad(out, inputs, dout)])
+    for ours, dense in zip(*results, strict=True):
+        assert_close(ours, dense)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strides_of_inputs_and_gradients_make_no_difference(implementation: str) -> None:
     q, k, v, *_ = CALL.tensors(torch.float64)
     layout = CALL.layout()
@@ -167,7 +199,7 @@ def test_nothing_is_read_before_it_is_written() -> None:
         check(call, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_leaves_the_inputs_dtype_alone(implementation: str) -> None:
     plain = computed(CALL, CALL.layout(), CALL.tensors(torch.float32), implementation)
     with torch.autocast("cpu", torch.bfloat16):
@@ -175,7 +207,7 @@ def test_autocast_leaves_the_inputs_dtype_alone(implementation: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_operator_passes_opcheck(implementation: str) -> None:
     call = Call(batch=1, tokens=20, heads=2, kv_heads=1, head_dim=4, block=8, borders=(0, 9, 20))
     q, k, v, *_ = call.tensors(torch.float32)
@@ -185,7 +217,7 @@ def test_operator_passes_opcheck(implementation: str) -> None:
     for bounds in (visible.bounds, None):
         torch.library.opcheck(
             torch.ops.sparsetrain.block_sparse_attention.default,
-            (*inputs, 8, True, 0, *lists, bounds, 0.5, implementation),
+            (*inputs, 8, True, 0, *lists, visible.density, bounds, 0.5, implementation),
         )
 
 
@@ -258,7 +290,7 @@ ONE = torch.ones(2, 57, 2, 16)
         ({"cu_seqlens": torch.tensor([0.0, 57.0])}, "must be int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 40, 30, 57])}, r"cu_seqlens=\[0, 40, 30, 57\]: must start with 0 and ascend"),
         ({"cu_seqlens": torch.tensor([0, 30])}, "ends at 30: must end at 57, the tokens of a sample, or at 114"),
-        ({"implementation": "cuda"}, "implementation='cuda': must be one of reference, cpu, triton"),
+        ({"implementation": "cuda"}, "implementation='cuda': must be one of reference, dense, cpu, triton"),
     ],
 )
 def test_mistakes_are_named_with_what_would_do(changes: dict[str, object], message: str) -> None:

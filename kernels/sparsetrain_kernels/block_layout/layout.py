@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsetrain_kernels.block_layout import flex, picture
 from sparsetrain_kernels.block_layout.lists import BlockList
 from sparsetrain_kernels.block_layout.patterns import Pattern
-from sparsetrain_kernels.block_layout.ranges import block_ranges, document_bounds, query_bounds
+from sparsetrain_kernels.block_layout.ranges import END, FIRST, block_ranges, document_bounds, query_bounds
 from sparsetrain_kernels.block_layout.visibility import Visibility
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class BlockLayout:
     """Place in the sequence of the first block of keys; not 0 in a slice."""
     _ranges: tuple[Tensor, Tensor] = field(init=False, repr=False)
     """Row and column ranges of the variants of `visibility` without documents: causal + 2 · ragged."""
+    _densities: tuple[float, float] = field(init=False, repr=False)
+    """Share of all blocks that is listed, and of those that causality leaves."""
 
     def __post_init__(self) -> None:
         queries, keys = self.num_query_blocks * self.block, self.num_key_blocks * self.block
@@ -47,7 +49,9 @@ class BlockLayout:
             for last_key in (keys, keys - 1)  # where exactly the last block of keys breaks off makes no difference
             for causal in (False, True)
         ]
-        object.__setattr__(self, "_ranges", block_ranges(self.rows, self.columns, torch.cat(bounds), self.block))
+        ranges = block_ranges(self.rows, self.columns, torch.cat(bounds), self.block)
+        object.__setattr__(self, "_ranges", ranges)
+        object.__setattr__(self, "_densities", self._count(ranges[0]))
 
     @classmethod
     def build(
@@ -186,11 +190,7 @@ class BlockLayout:
 
     def density(self, *, causal: bool = False) -> float:
         """Share of blocks that are visible, mean over heads; with `causal`, of those on and below the diagonal."""
-        mask = self.to_mask()
-        if not causal:
-            return mask.float().mean().item()
-        triangle = mask.new_ones(mask.shape[1:]).tril_(self.shift // self.block)
-        return (mask & triangle).sum().item() / max(1, len(mask) * int(triangle.sum()))
+        return self._densities[causal]
 
     def plot(self, *, causal: bool = False) -> "Figure":
         """Draw a panel for each head, its visible blocks filled; with `causal`, what causality hides is left out."""
@@ -241,7 +241,18 @@ class BlockLayout:
 
     def _visibility(self, causal: bool, rows: Tensor, columns: Tensor, bounds: Tensor | None) -> Visibility:
         lists = self.rows.indices, rows, self.columns.indices, columns
-        return Visibility(self.block, causal, self.shift, *lists, bounds)
+        return Visibility(self.block, causal, self.shift, *lists, self._densities[causal], bounds)
+
+    def _count(self, row_ranges: Tensor) -> tuple[float, float]:
+        """Densities with and without causality, counted once: asking a GPU at every call would make it wait."""
+        if row_ranges.is_meta:
+            return 1.0, 1.0  # there are no lists to count
+        queries, keys = self.num_query_blocks, self.num_key_blocks
+        below = self.shift // self.block
+        triangle = sum(min(max(row + below + 1, 0), keys) for row in range(queries))
+        listed = (row_ranges[:2, ..., END] - row_ranges[:2, ..., FIRST]).sum((1, 2)).tolist()
+        every = self.num_heads * queries * keys, self.num_heads * triangle
+        return listed[0] / every[0], listed[1] / every[1] if every[1] else 0.0
 
     def _aligned(self, other: "BlockLayout") -> Tensor:
         """The other's mask, if it lies over the same blocks."""

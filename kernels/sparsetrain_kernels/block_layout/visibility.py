@@ -26,5 +26,7 @@ class Visibility:
     """int32 [H, N]: the query blocks of the columns."""
     column_ranges: Tensor
     """int32 [B, H, K, 4]: the same positions of each column in `query_blocks`."""
+    density: float
+    """Share of the blocks that causality leaves which are listed; documents may hide some of these."""
     bounds: Tensor | None
     """First key of each query and one past its last, int32 [B, S, 2]; None where `causal` says it all."""

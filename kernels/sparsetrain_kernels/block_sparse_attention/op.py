@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsetrain_kernels.block_layout import BlockLayout
 from sparsetrain_kernels.block_layout.visibility import Visibility
 from sparsetrain_kernels.block_sparse_attention.checks import check_documents, check_layout, check_tensors
-from sparsetrain_kernels.block_sparse_attention.implementations import default_name, implementation
+from sparsetrain_kernels.block_sparse_attention.implementations import BACKWARD, FORWARD, check_name, problem_of
 
 
 @overload
@@ -69,7 +69,8 @@ def block_sparse_attention(
             every sample; ending at B·S, those of all samples one after the other. With a slice they end at the
             length of the whole sequence.
         return_lse: Return the log-sum-exp as well: parts of the keys attended to apart are combined by it.
-        implementation: reference | cpu | triton; the one made for q's device by default.
+        implementation: reference | dense | cpu | triton; by default the dispatcher's choice, for each pass its own: see
+            `sparsetrain_kernels.dispatch.explain`, operations block_sparse_attention.output and .gradients.
 
     Returns:
         [B, S, H, D] in the dtype of q, and with `return_lse` the natural logarithm of the softmax's denominators
@@ -82,28 +83,20 @@ def block_sparse_attention(
     check_layout(layout, q, k)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, layout, q, k)
-    name = _chosen(implementation, q, layout.block)
+    if implementation is not None:
+        check_name(implementation, q, layout.block)
     visible = layout.visibility(q.shape[0], q.shape[1], k.shape[1], causal=causal, cu_seqlens=cu_seqlens)
-    out, lse = _forward(q, k, v, *_flat(visible), q.shape[3] ** -0.5 if scale is None else scale, name)
+    out, lse = _forward(q, k, v, *_flat(visible), q.shape[3] ** -0.5 if scale is None else scale, implementation)
     return (out, lse) if return_lse else out
 
 
-def _chosen(name: str | None, q: Tensor, block: int) -> str:
-    if name is None:
-        return default_name(q, block)
-    reason = implementation(name).unsupported(q, block)
-    if reason is not None:
-        raise ValueError(f"implementation={name!r}: {reason}")
-    return name
-
-
-_FlatVisibility = tuple[int, bool, int, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+_FlatVisibility = tuple[int, bool, int, Tensor, Tensor, Tensor, Tensor, float, Tensor | None]
 
 
 def _flat(visible: Visibility) -> _FlatVisibility:
     """The fields in order: operators take no objects."""
     lists = visible.key_blocks, visible.row_ranges, visible.query_blocks, visible.column_ranges
-    return (visible.block, visible.causal, visible.shift, *lists, visible.bounds)
+    return (visible.block, visible.causal, visible.shift, *lists, visible.density, visible.bounds)
 
 
 @torch.library.custom_op("sparsetrain::block_sparse_attention", mutates_args=())
@@ -118,12 +111,17 @@ def _forward(
     row_ranges: Tensor,
     query_blocks: Tensor,
     column_ranges: Tensor,
+    density: float,
     bounds: Tensor | None,
     scale: float,
-    name: str,
+    implementation: str | None,
 ) -> tuple[Tensor, Tensor]:
-    visible = Visibility(block, causal, shift, key_blocks, row_ranges, query_blocks, column_ranges, bounds)
-    return implementation(name).forward(q, k, v, visible, scale)
+    lists = key_blocks, row_ranges, query_blocks, column_ranges
+    visible = Visibility(block, causal, shift, *lists, density, bounds)
+    arguments = q, k, v, visible, scale
+    if implementation is not None:
+        return FORWARD.implementations[implementation].run(*arguments)  # type: ignore[no-any-return]
+    return FORWARD.run(q, problem_of(q, k, visible), *arguments)  # type: ignore[no-any-return]
 
 
 @_forward.register_fake
@@ -149,13 +147,18 @@ def _backward(
     row_ranges: Tensor,
     query_blocks: Tensor,
     column_ranges: Tensor,
+    density: float,
     bounds: Tensor | None,
     scale: float,
-    name: str,
+    implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    visible = Visibility(block, causal, shift, key_blocks, row_ranges, query_blocks, column_ranges, bounds)
+    lists = key_blocks, row_ranges, query_blocks, column_ranges
+    visible = Visibility(block, causal, shift, *lists, density, bounds)
     dout = torch.zeros_like(out) if dout is None else dout
-    return implementation(name).backward(dout, dlse, q, k, v, out, lse, visible, scale)
+    arguments = dout, dlse, q, k, v, out, lse, visible, scale
+    if implementation is not None:
+        return BACKWARD.implementations[implementation].run(*arguments)  # type: ignore[no-any-return]
+    return BACKWARD.run(q, problem_of(q, k, visible, lse_gradient=dlse is not None), *arguments)  # type: ignore[no-any-return]
 
 
 @_backward.register_fake
@@ -166,18 +169,18 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *sizes_and_lists, bounds, scale, name = inputs
+    q, k, v, block, causal, shift, *lists, density, bounds, scale, implementation = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, *sizes_and_lists[3:], bounds)
-    ctx.constants = (*sizes_and_lists[:3], scale, name)
+    ctx.save_for_backward(q, k, v, *output, *lists, bounds)
+    ctx.constants = block, causal, shift, density, scale, implementation
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, key_blocks, row_ranges, query_blocks, column_ranges, bounds = ctx.saved_tensors
-    block, causal, shift, scale, name = ctx.constants
-    lists = key_blocks, row_ranges, query_blocks, column_ranges
-    dq, dk, dv = _backward(dout, dlse, *tensors, block, causal, shift, *lists, bounds, scale, name)
-    return dq, dk, dv, *[None] * 10
+    q, k, v, out, lse, *lists, bounds = ctx.saved_tensors
+    block, causal, shift, density, scale, implementation = ctx.constants
+    visible = block, causal, shift, *lists, density, bounds
+    dq, dk, dv = _backward(dout, dlse, q, k, v, out, lse, *visible, scale, implementation)
+    return dq, dk, dv, *[None] * 11
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)

@@ -40,6 +40,10 @@ class Operation:
     """Problems that tuning measures on a kind of device."""
     arguments: Callable[[Problem], Sequence[Any]] = lambda problem: ()
     """Random arguments of a problem, on its device, for tuning."""
+    near: tuple[float, ...] = ()
+    """log2 of the factor in each size within which a measured problem counts as near; (): two in any."""
+    unmeasured: Callable[[Problem, Sequence[str]], tuple[str, str]] = lambda problem, candidates: (DENSE, "")
+    """Of the candidates besides dense, or dense, what runs where nothing was measured near; and why, or ""."""
     _choices: dict[tuple[Any, ...], Choice] = field(init=False, default_factory=dict)
     _forced: str | None = field(init=False, default=None)
 
@@ -82,7 +86,9 @@ class Operation:
             if len(self._choices) >= _MAX_REMEMBERED:
                 self._choices.clear()
             problem = Problem(self.name, variant, device, dtype, sizes, density, threads if device == "cpu" else 1)
-            self._choices[key] = table(device).choose(problem, self.candidates(problem))
+            candidates = self.candidates(problem)
+            unmeasured = self.unmeasured(problem, candidates)
+            self._choices[key] = table(device).choose(problem, candidates, self.near, unmeasured)
         return self._choices[key]
 
     def candidates(self, problem: Problem) -> list[str]:

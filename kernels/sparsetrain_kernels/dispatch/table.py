@@ -1,8 +1,11 @@
 """Measured times of every implementation at every measured problem, and the rule that reads them.
 
-The rule. Of the problems measured within a factor of two in every size and in threads, and at the least density that is
-not below the wanted one (what is sparser only gains more), an implementation qualifies when it beat dense by the margin
-at all of them, and the fastest qualified one at the nearest is chosen. Where nothing was measured so, dense is chosen.
+The rule. Of the problems measured within a factor of two in every size and in threads (or the factors that an operation
+names), and at the least density that is not below the wanted one (what is sparser only gains more), an implementation
+qualifies when it beat dense by the margin at all of them, and the fastest qualified one at the nearest is chosen. Where
+nothing was measured so, or the hardware has no table, the operation says what runs: dense, unless it names another.
+
+A table is the one tuned on this machine (`own_table`), or else the one shipped for its hardware (`tables/`).
 """
 
 import csv
@@ -70,15 +73,30 @@ class Table:
     times: dict[Problem, dict[str, float]] = field(default_factory=dict)
     """Seconds of each implementation that was measured; dense is always among them."""
 
-    def choose(self, problem: Problem, candidates: Iterable[str]) -> Choice:
-        """Apply the rule above to the implementations that can run here."""
+    def choose(
+        self,
+        problem: Problem,
+        candidates: Iterable[str],
+        near_sizes: tuple[float, ...] = (),
+        unmeasured: tuple[str, str] = (DENSE, ""),
+    ) -> Choice:
+        """Apply the rule above to the implementations that can run here.
+
+        Args:
+            problem: What is to be computed.
+            candidates: Names of implementations besides dense.
+            near_sizes: See `Operation.near`.
+            unmeasured: What runs, and why, where nothing was measured near.
+        """
         candidates = list(candidates)
         if not candidates:
             return Choice(problem, DENSE, "no other implementation computes this here")
-        near = self._near(problem)
+        near = self._near(problem, near_sizes)
         if not near:
-            return Choice(problem, DENSE, f"nothing was measured near this problem on {self.hardware}")
-        nearest = min(near, key=lambda other: distance(problem, other))
+            name, why = unmeasured
+            reason = f"nothing was measured near this problem on {self.hardware}" + (f"; {why}" if why else "")
+            return Choice(problem, name, reason)
+        nearest = min(near, key=lambda other: distance(problem, other, near_sizes))
         times = self.times[nearest]
         qualified = [name for name in candidates if all(_beats_dense(self.times[other], name) for other in near)]
         best = min(qualified, key=lambda name: times[name], default=DENSE)
@@ -86,11 +104,13 @@ class Table:
         reason = _reason(times, best, nearest, scale)
         return Choice(problem, best, reason, times[best] * scale, times[DENSE] * scale)
 
-    def _near(self, problem: Problem) -> list[Problem]:
+    def _near(self, problem: Problem, near_sizes: tuple[float, ...]) -> list[Problem]:
         near = [
             other
             for other in self.times
-            if _comparable(problem, other) and other.density >= problem.density and distance(problem, other) <= NEAR
+            if _comparable(problem, other)
+            and other.density >= problem.density
+            and distance(problem, other, near_sizes) <= NEAR
         ]
         least = min((other.density for other in near), default=0.0)
         return [other for other in near if other.density == least]
@@ -141,10 +161,17 @@ def load_table(hardware: str, device: str) -> Table:
     return Table(hardware)
 
 
-def distance(one: Problem, other: Problem) -> float:
-    """log2 of the largest factor between two problems in any size or in threads."""
+def distance(one: Problem, other: Problem, near_sizes: tuple[float, ...] = ()) -> float:
+    """log2 of the largest factor between two problems in any size, in units of `near_sizes`, or in threads."""
     pairs = zip((*one.sizes, one.threads), (*other.sizes, other.threads), strict=True)
-    return max(abs(log2(a / b)) if a and b else (0.0 if a == b else float("inf")) for a, b in pairs)
+    units: tuple[float, ...] = (*(near_sizes or (NEAR,) * len(one.sizes)), NEAR)
+    return max(_log2_factor(a, b) / unit for (a, b), unit in zip(pairs, units, strict=True))
+
+
+def _log2_factor(a: int, b: int) -> float:
+    if a and b:
+        return abs(log2(a / b))
+    return 0.0 if a == b else float("inf")
 
 
 def work(problem: Problem) -> float:
