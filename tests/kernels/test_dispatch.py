@@ -130,21 +130,69 @@ def test_choices_are_forgotten_before_they_fill_memory(operation: Operation) -> 
 
 
 def test_tuning_writes_a_table_that_is_read_back_and_chosen_from(operation: Operation) -> None:
-    lines: list[str] = []
-    tuned = dispatch.tune("cpu", ["scale"], repeats=1, report=lines.append)
-    assert set(tuned.times[problem()]) == {DENSE, "fast"}
-    assert len(lines) == 1
+    lines: list[tuple[str, int, int]] = []
+    tuned = dispatch.tune("cpu", ["scale"], repeats=1, report=lambda *line: lines.append(line))
+    assert set(tuned.table.times[problem()]) == {DENSE, "fast"}
+    assert [line[1:] for line in lines] == [(1, 1)] == [(tuned.measured, tuned.wanted)]
+    assert tuned.path == dispatch.own_table(dispatch.hardware_name("cpu"))
     read = dispatch.load_table(dispatch.hardware_name("cpu"), "cpu")
-    assert read.times[problem()] == pytest.approx(tuned.times[problem()], rel=1e-3)
-    assert dispatch.table("cpu") is tuned
+    assert read.times[problem()] == pytest.approx(tuned.table.times[problem()], rel=1e-3)
+    assert dispatch.table("cpu") is tuned.table
 
 
-def test_tuning_one_operation_keeps_the_times_of_others(operation: Operation) -> None:
-    other = problem()._replace(operation="another")
-    dispatch.use_table("cpu", Table("here", {other: times(dense=1)}))
-    assert dispatch.tune("cpu", ["scale"], repeats=1).times[other] == times(dense=1)
-    with pytest.raises(ValueError, match=r"operations=\['unheard'\]"):
+def test_tuning_keeps_the_times_of_what_it_does_not_come_to(operation: Operation) -> None:
+    known = {problem()._replace(operation="another"): times(dense=1), problem((8, 8, 8)): times(dense=2)}
+    dispatch.use_table("cpu", Table("here", dict(known)))
+    tuned = dispatch.tune("cpu", ["scale"], limit_s=-1)
+    assert (tuned.measured, tuned.wanted) == (0, 1)
+    assert tuned.table.times == known
+
+
+def test_tuning_takes_the_beginnings_of_names_and_names_unknown_ones(operation: Operation) -> None:
+    assert dispatch.tune("cpu", ["sca"], repeats=1).measured == 1
+    with pytest.raises(ValueError, match=r"operations=\['unheard'\]: not registered; there are scale"):
         dispatch.tune("cpu", ["unheard"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not a table", "first line must be operation,variant,dtype"),
+        ("{header}\nscale,odd,float33,1,8x8x8,0.5,dense=1", "line 2: no row of times .*float33"),
+        ("{header}\nscale,odd,float32,1,8xmany,0.5,dense=1", "line 2: no row of times .*many"),
+        ("{header}\nscale,odd,float32,1,8x8x8,0.5,fast=1", "line 2: .*no time of dense"),
+        ("{header}\nscale,odd", "line 2: no row of times"),
+    ],
+    ids=["header", "dtype", "sizes", "dense", "short"],
+)
+def test_a_broken_table_is_named_with_what_would_do_and_tuning_replaces_it(
+    operation: Operation, text: str, message: str
+) -> None:
+    path = dispatch.own_table(dispatch.hardware_name("cpu"))
+    path.write_text(text.format(header="operation,variant,dtype,threads,sizes,density,milliseconds"))
+    dispatch.use_table("cpu", None)
+    with pytest.raises(dispatch.TableError, match=message) as caught:
+        operation.run(torch.ones(1), ("odd", SIZES, 0.25))
+    assert str(path) in str(caught.value)
+    assert "sparsetrain doctor --tune" in str(caught.value)
+    dispatch.tune("cpu", repeats=1)
+    assert operation.run(torch.ones(1), ("odd", SIZES, 0.25)) in (DENSE, "fast")
+
+
+def test_an_operation_may_name_what_runs_where_nothing_was_measured(operation: Operation) -> None:
+    own = Operation("own", operation.implementations, unmeasured=lambda problem, candidates: (candidates[0], "just so"))
+    dispatch.use_table("cpu", Table("here"))
+    choice = own.choose("cpu", torch.float32, "odd", SIZES, 0.25)
+    assert choice.implementation == "fast"
+    assert "nothing was measured near this problem on here; just so" in str(choice)
+
+
+def test_an_operation_may_name_how_near_a_measured_problem_must_be(operation: Operation) -> None:
+    own = Operation("own", operation.implementations, near=(3.0, 0.5, 1.0))
+    table = Table("here", {problem()._replace(operation="own"): times(dense=10, fast=1)})
+    for sizes, expected in {(8192, 512, 256): "fast", (1024, 700, 256): "fast", (1024, 800, 256): DENSE}.items():
+        dispatch.use_table("cpu", table)
+        assert own.choose("cpu", torch.float32, "odd", sizes, 0.25).implementation == expected
 
 
 def test_a_shipped_table_can_be_read_whole() -> None:

@@ -14,8 +14,17 @@ from sparsetrain_kernels.dispatch.operation import (
     table,
     use_table,
 )
-from sparsetrain_kernels.dispatch.table import DENSE, Choice, Problem, Table, load_table, own_table
-from sparsetrain_kernels.dispatch.tuning import measure, tune
+from sparsetrain_kernels.dispatch.table import (
+    DENSE,
+    Choice,
+    Problem,
+    Table,
+    TableError,
+    load_table,
+    own_table,
+    shipped_table,
+)
+from sparsetrain_kernels.dispatch.tuning import Tuned, measure, tune
 
 __all__ = [
     "DENSE",
@@ -25,6 +34,8 @@ __all__ = [
     "Operation",
     "Problem",
     "Table",
+    "TableError",
+    "Tuned",
     "choices",
     "explain",
     "forget_choices",
@@ -32,6 +43,7 @@ __all__ = [
     "load_table",
     "measure",
     "own_table",
+    "shipped_table",
     "table",
     "tune",
     "use_table",

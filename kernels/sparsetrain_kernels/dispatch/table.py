@@ -26,7 +26,12 @@ NEAR = 1.0
 """log2 of the largest factor between a problem and a measured one that counts as near."""
 DIRECTORY_VARIABLE = "SPARSETRAIN_DISPATCH_DIR"
 
+_REMEDY = "delete it, or measure anew with `sparsetrain doctor --tune`"
 _COLUMNS = ("operation", "variant", "dtype", "threads", "sizes", "density", "milliseconds")
+
+
+class TableError(ValueError):
+    """A file of measured times cannot be read; the message says which, where, and what would do."""
 
 
 class Problem(NamedTuple):
@@ -129,21 +134,40 @@ class Table:
 
     @classmethod
     def read(cls, file: IO[str], hardware: str, device: str) -> "Table":
-        """Read a table that `write` wrote for this kind of device."""
+        """Read a table that `write` wrote for this kind of device.
+
+        Raises:
+            TableError: It is not such a table.
+        """
         table = cls(hardware)
-        for row in csv.DictReader(file):
-            problem = Problem(
-                operation=row["operation"],
-                variant=row["variant"],
-                device=device,
-                dtype=getattr(torch, row["dtype"]),
-                sizes=tuple(map(int, row["sizes"].split("x"))),
-                density=float(row["density"]),
-                threads=int(row["threads"]),
-            )
-            times = (entry.split("=") for entry in row["milliseconds"].split())
-            table.times[problem] = {name: float(milliseconds) / 1e3 for name, milliseconds in times}
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != _COLUMNS:
+            raise TableError(f"{file.name}: its first line must be {','.join(_COLUMNS)}; {_REMEDY}")
+        for row in reader:
+            try:
+                problem, times = _parse(row, device)
+            except (ValueError, AttributeError, TypeError) as error:
+                raise TableError(f"{file.name}, line {reader.line_num}: no row of times ({error}); {_REMEDY}") from None
+            table.times[problem] = times
         return table
+
+
+def _parse(row: Mapping[str, str], device: str) -> tuple[Problem, dict[str, float]]:
+    """A line of the file; raises ValueError, AttributeError or TypeError where it is none."""
+    problem = Problem(
+        operation=row["operation"],
+        variant=row["variant"],
+        device=device,
+        dtype=getattr(torch, row["dtype"]),
+        sizes=tuple(map(int, row["sizes"].split("x"))),
+        density=float(row["density"]),
+        threads=int(row["threads"]),
+    )
+    entries = (entry.split("=") for entry in row["milliseconds"].split())
+    times = {name: float(milliseconds) / 1e3 for name, milliseconds in entries}
+    if DENSE not in times:
+        raise ValueError(f"there is no time of {DENSE}")
+    return problem, times
 
 
 def own_table(hardware: str) -> Path:
@@ -152,9 +176,18 @@ def own_table(hardware: str) -> Path:
     return Path(os.environ.get(DIRECTORY_VARIABLE) or cache / "sparsetrain" / "dispatch") / f"{hardware}.csv"
 
 
+def shipped_table(hardware: str) -> Path:
+    """Where the table of a kind of hardware is in this package; there need not be one."""
+    return Path(str(files(__package__))) / "tables" / f"{hardware}.csv"
+
+
 def load_table(hardware: str, device: str) -> Table:
-    """The table tuned on this machine, else the one shipped for its hardware, else an empty one."""
-    for place in (own_table(hardware), files(__package__) / "tables" / f"{hardware}.csv"):
+    """The table tuned on this machine, else the one shipped for its hardware, else an empty one.
+
+    Raises:
+        TableError: The first of them that there is cannot be read.
+    """
+    for place in (own_table(hardware), shipped_table(hardware)):
         if place.is_file():
             with place.open() as file:
                 return Table.read(file, hardware, device)
