@@ -275,11 +275,33 @@ def data(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine has, and what each engine and kernel will use."""
+def doctor(
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at all nodes of a Ray cluster instead of at this machine.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The cluster: HOST:PORT, auto, or http://HOST:8265 from anywhere else."),
+    ] = None,
+) -> None:
+    """Show what this machine has, and what each engine and kernel will use; or what is wrong with a cluster's nodes."""
+    if cluster:
+        _check_cluster(address)
+        return
+    if address is not None:
+        raise ConfigError("--address names a cluster to look at; add --cluster")
     from sparsetrain.report.doctor import print_doctor
 
     print_doctor(Console())
+
+
+def _check_cluster(address: str | None) -> None:
+    from sparsetrain.cluster import check_cluster, submit_checkup
+
+    if address is not None and address.startswith(("http://", "https://")):
+        submit_checkup(address)
+    elif not check_cluster(address, Console()):
+        raise typer.Exit(_MISTAKE)
 
 
 @contextmanager

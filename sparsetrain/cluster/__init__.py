@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.errors import ClusterError
 
 if TYPE_CHECKING:
+    from sparsetrain.cluster.checkup import check_cluster
     from sparsetrain.cluster.job_server import JobServer
     from sparsetrain.cluster.job_table import print_job, print_jobs
-    from sparsetrain.cluster.submission import follow_job, print_log, submit
+    from sparsetrain.cluster.submission import follow_job, print_log, submit, submit_checkup
     from sparsetrain.cluster.trainer import run_on_ray
 
-__all__ = ["JobServer", "follow_job", "print_job", "print_jobs", "print_log", "run_on_ray", "submit"]
+__all__ = [
+    "JobServer",
+    "check_cluster",
+    "follow_job",
+    "print_job",
+    "print_jobs",
+    "print_log",
+    "run_on_ray",
+    "submit",
+    "submit_checkup",
+]
 
 _HOME = {
+    "check_cluster": "sparsetrain.cluster.checkup",
+    "submit_checkup": "sparsetrain.cluster.submission",
     "JobServer": "sparsetrain.cluster.job_server",
     "follow_job": "sparsetrain.cluster.submission",
     "print_job": "sparsetrain.cluster.job_table",

@@ -83,6 +83,22 @@ def submit(
     return job
 
 
+def submit_checkup(address: str, *, write: Callable[[str], None] | None = None) -> None:
+    """Look at all nodes of a cluster from outside, as a job there.
+
+    Args:
+        address: The job server, as for `submit`.
+        write: Takes what the job prints, a line at a time; default standard output.
+
+    Raises:
+        ClusterError: The job server cannot be reached, or a node has a problem.
+    """
+    server = JobServer(address)
+    with uploaded_files({"README": "A checkup of all nodes.\n"}) as runtime_env:
+        job = server.submit("python -m sparsetrain doctor --cluster", runtime_env, name="doctor", metadata={})
+    follow_job(server, job, write=write)
+
+
 @contextmanager
 def uploaded_files(texts: dict[str, str]) -> Iterator[dict[str, Any]]:
     """The runtime environment of a job that both packages and some files travel with, while it is being submitted.

@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from sparsetrain.checkpoint import latest_checkpoint, step_of
@@ -20,6 +20,7 @@ from sparsetrain.cluster.events import start_hub, take_events
 from sparsetrain.cluster.failures import FailurePolicy, GroupFailed, RestartUseless, describe, restart_notice, summary
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths, in_ray_job, job_output_root
+from sparsetrain.cluster.rendezvous import Rendezvous
 from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
 from sparsetrain.cluster.session import LOCAL, check_reachable, environment, ray_session, resolve_address
 from sparsetrain.cluster.worker import WorkerTask, run_worker
@@ -135,7 +136,7 @@ class _Run:
         cluster = self._config.cluster
         return _Trainer(
             partial(run_worker, task),
-            torch_config=TorchConfig(timeout_s=int(cluster.collective_timeout_s)),
+            torch_config=Rendezvous(timeout_s=int(cluster.collective_timeout_s), hub=self._hub),
             scaling_config=ScalingConfig(
                 num_workers=cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,

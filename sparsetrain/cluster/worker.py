@@ -16,6 +16,7 @@ from sparsetrain.cluster.failures import RankError, log_path
 from sparsetrain.cluster.packages import Packages, check_same, find_packages
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError, RankLostError, SparsetrainError
+from sparsetrain.parallel.fssdp.groups import NODE_VARIABLE
 from sparsetrain.training import train
 
 
@@ -55,6 +56,7 @@ def run_worker(task: WorkerTask) -> dict[str, Any]:
     try:
         packages = find_packages()
         print(f"rank {rank} on {ray.util.get_node_ip_address()}, pid {os.getpid()}: {packages}", flush=True)
+        print(f"node {os.environ.get(NODE_VARIABLE)}, {os.environ.get('GLOO_SOCKET_IFNAME')}", flush=True)
         check_same(packages, task.driver_packages)
         torch.set_num_threads(task.num_threads)
         with EventSender(task.hub) as sender:

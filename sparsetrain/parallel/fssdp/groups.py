@@ -1,5 +1,6 @@
 """The ranks among which experts are spread, and those that hold the same experts."""
 
+import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,9 @@ from sparsetrain.moe.placement import Topology
 _kept: set[ProcessGroup] = set()
 """Groups made here live as long as the process: the last one to let go of a group joins its threads while it holds
 Python's global lock, and a thread that wants the lock at that moment never ends."""
+
+NODE_VARIABLE = "SPARSETRAIN_NODE"
+"""Environment variable that names the node of a rank, where hosts' names do not: several may share a machine."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +105,7 @@ def _own_group(groups: list[list[int]], timeout: timedelta | None, alone: bool) 
 
 def _devices_per_node(group: ProcessGroup) -> int:
     hosts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    dist.all_gather_object(hosts, os.environ.get(NODE_VARIABLE) or socket.gethostname(), group=group)
     per_node = hosts.count(hosts[0])
     nodes = [set(hosts[first : first + per_node]) for first in range(0, len(hosts), per_node)]
     if any(len(node) > 1 for node in nodes) or len(set(hosts)) < len(nodes):
