@@ -197,7 +197,9 @@ def _engine(config: RunConfig) -> Iterator[Conflict]:
     if config.parallel.engine != "deepspeed":
         if config.engine_overrides.deepspeed:
             message = f"has no meaning with parallel.engine={config.parallel.engine}; remove it, or change the engine"
-            yield Conflict(("engine_overrides", "deepspeed"), dict(config.engine_overrides.deepspeed), message, (engine,))
+            yield Conflict(
+                ("engine_overrides", "deepspeed"), dict(config.engine_overrides.deepspeed), message, (engine,)
+            )
     elif config.train.compile:
         message = "compiles with parallel.engine=torch only; remove it, or change the engine"
         yield Conflict(("train", "compile"), True, message, (engine,))

@@ -142,9 +142,14 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the model is laid over ranks."""
 
-    engine: Literal["torch"] = "torch"
+    engine: Literal["torch", "deepspeed"] = "torch"
+    """The library that lays the model over ranks. Losses, masks and checkpoints do not depend on it."""
+    zero: Annotated[Int, Field(ge=0, le=3)] | None = None
+    """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too. Default:
+    1."""
     shard: Literal["ddp", "full"] = "ddp"
-    """ddp: every rank holds everything. full: weights, gradients and optimizer state sharded (fully_shard)."""
+    """With engine=torch. ddp: every rank holds everything. full: weights, gradients and optimizer state sharded
+    (fully_shard)."""
     shard_size: Int | None = Field(default=None, gt=0)
     """With shard=full: ranks that share one copy of the weights, the rest replicate; default all ranks."""
     experts: Literal["ep", "fssdp"] | None = None
@@ -157,6 +162,22 @@ class ParallelConfig(Section):
     tp: Literal[1] = 1
     pp: Literal[1] = 1
     cp: Literal[1] = 1
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that engine=deepspeed runs."""
+        return 1 if self.zero is None else self.zero
+
+    @model_validator(mode="after")
+    def _each_engine_has_its_own_sharding(self) -> Self:
+        if self.engine != "deepspeed" and self.zero is not None:
+            raise KeyConflict("zero", f"has no meaning with engine={self.engine}; write engine: deepspeed or remove it")
+        if self.engine == "deepspeed" and self.shard == "full":
+            raise KeyConflict(
+                "shard",
+                "full is engine=torch's sharding; with engine=deepspeed write zero: 3 instead, or engine: torch",
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_full_has_a_size(self) -> Self:
@@ -179,6 +200,14 @@ class ParallelConfig(Section):
                     "write experts: fssdp, or remove it",
                 )
         return self
+
+
+class EngineOverrides(Section):
+    """Settings of a library that this file has no key of its own for."""
+
+    deepspeed: dict[str, Any] = {}
+    """Merged into the config that is generated for DeepSpeed, in its own words; a key that contradicts this file is an
+    error."""
 
 
 class ClusterConfig(Section):
@@ -217,6 +246,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    engine_overrides: EngineOverrides = EngineOverrides()
     cluster: ClusterConfig = ClusterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: str = Field(default="", validate_default=False)

@@ -1,45 +1,67 @@
 """The optimizer of a phase."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from sparsetrain.config.run import OptimizerConfig
 from sparsetrain.sharding import DescribesWeights
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device) -> AdamW:
-    """AdamW in its fused form, with weight decay on matrices and embeddings only, not on norms and biases.
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """Parameters that are updated alike."""
 
-    Where weights are stacked, as those of experts are, the first dimension counts them.
+    parameters: Sequence[Tensor]
+    is_decayed: bool
+    """Whether weight decay is theirs: on matrices and embeddings, not on norms and biases."""
 
-    Args:
-        module: Plain, DDP-wrapped or sharded; every parameter that requires a gradient is optimised.
-        config: Learning rate (the loop's schedule overwrites it each step), betas, eps, weight decay.
-        device: Where the parameters live; its optimizer kernel is used.
+
+def optimizer_groups(module: nn.Module) -> list[OptimizerGroup]:
+    """Sort the parameters of a module that require a gradient; no group is empty, and their order is always the same.
+
+    Where weights are stacked, as those of experts are, the first dimension counts them. Stacks are apart from the rest
+    in every layout: where that is DTensors they are plain, and one kernel does not take both.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     stacked = {
         id(parameter)
         for submodule in module.modules()
         if isinstance(submodule, DescribesWeights)
         for parameter in submodule.parameters()
     }
-    # Stacks apart, in every layout: where the rest is DTensors they are plain, and one kernel does not take both.
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {
+    members: dict[tuple[bool, bool], list[Tensor]] = {
         (is_stack, is_matrix): [] for is_stack in (False, True) for is_matrix in (True, False)
     }
-    for parameter in parameters:
-        is_stack = id(parameter) in stacked
-        members[is_stack, parameter.dim() - is_stack >= 2].append(parameter)
-    groups = [
-        {"params": params, "weight_decay": config.weight_decay if is_matrix else 0.0}
-        for (_, is_matrix), params in members.items()
-    ]
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            is_stack = id(parameter) in stacked
+            members[is_stack, parameter.dim() - is_stack >= 2].append(parameter)
+    return [OptimizerGroup(found, is_matrix) for (_, is_matrix), found in members.items() if found]
+
+
+def adamw(groups: Sequence[OptimizerGroup], config: OptimizerConfig, device: torch.device) -> AdamW:
+    """AdamW in its fused form.
+
+    Args:
+        groups: What to optimise.
+        config: Learning rate (the loop's schedule overwrites it each step), betas, eps, weight decay.
+        device: Where the parameters live; its optimizer kernel is used.
+    """
     return AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": list(group.parameters), "weight_decay": config.weight_decay if group.is_decayed else 0.0}
+            for group in groups
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=device.type in ("cpu", "cuda"),
     )
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig, device: torch.device) -> AdamW:
+    """AdamW over a module, plain, DDP-wrapped or sharded; see `optimizer_groups` and `adamw`."""
+    return adamw(optimizer_groups(module), config, device)

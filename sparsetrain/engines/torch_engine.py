@@ -48,15 +48,10 @@ class TorchEngine:
         if config.train.activation_checkpointing:
             for index, layer in enumerate(self._module.layers):
                 self._module.layers[index] = checkpoint_wrapper(layer)
-        if config.parallel.shard == "full":
-            self._callable = self._parallelize(config)
-            self._materialize(config)
-        else:
-            self._materialize(config)
-            self._callable = self._parallelize(config)
+        self._callable = self._lay_out(config)
         if config.train.compile:
             self._callable.compile()  # in place: parameter names and hooks stay
-        self._optimizer = build_optimizer(self._module, config.optimizer, world.device)
+        self._optimizer = self._new_optimizer(config.optimizer)
         self._experts = self._follow_steps() if self._has_experts else None
         self._find_shards()
         on_move(self._module, lambda _: self._find_shards())
@@ -78,12 +73,24 @@ class TorchEngine:
             controller.load_state_dict(earlier.state_dict())
         return controller
 
+    def _lay_out(self, config: RunConfig) -> nn.Module:
+        """Give the weights their first values, and spread the model over the ranks; returns the module to call."""
+        if config.parallel.shard == "full":
+            module = self._parallelize(config)
+            self._materialize(config)
+            return module
+        self._materialize(config)
+        return self._parallelize(config)
+
     def _parallelize(self, config: RunConfig) -> nn.Module:
         return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
 
     def _materialize(self, config: RunConfig) -> None:
         self._module.to_empty(device=self._world.device)
         initialize_(self._module, config.model, config.seed)
+
+    def _new_optimizer(self, config: OptimizerConfig) -> Optimizer:
+        return build_optimizer(self._module, config, self._world.device)
 
     def _find_shards(self) -> None:
         self._shards = weight_shards(self._callable, self._optimizer)
@@ -112,7 +119,7 @@ class TorchEngine:
         """Begin a phase: new hyperparameters, and Adam's moments and step count kept or forgotten."""
         state = self._optimizer.state
         reshard(self._module)  # the optimizer is built on the sharded parameters
-        self._optimizer = build_optimizer(self._module, config, self._world.device)
+        self._optimizer = self._new_optimizer(config)
         if keep_state:
             self._optimizer.state = state
         if self._experts is not None:
@@ -134,7 +141,7 @@ class TorchEngine:
                     added = auxiliary_loss(self._module, "sum")
                     totals[1] += added.detach()
                     loss = loss + added
-                torch.autograd.backward(loss * scale)
+                self._backward(loss * scale)
         means = self._world.sum_(totals) / num_targets
         self._aux_loss = means[1] if self._has_experts else None
         return means[0]
@@ -178,13 +185,18 @@ class TorchEngine:
 
     def describe(self) -> str:
         """One line for people."""
-        layout = {"ddp": "replicated", "full": "fully sharded"}[self._layout.shard]
+        return self._describe("torch", {"ddp": "replicated", "full": "fully sharded"}[self._layout.shard])
+
+    def _describe(self, library: str, layout: str) -> str:
         ranks = f"{self._world.size} rank{'s' if self._world.size > 1 else ''}"
         experts = self._layout.experts
         if experts is not None:
             spread = {"ep": "expert parallelism", "fssdp": "FSSDP"}[experts]
             layout = f"{layout}, experts by {spread} over {self._layout.ep or self._world.size},"
-        return f"torch, {layout} over {ranks}, {self._precision}, {self._world.device.type}"
+        return f"{library}, {layout} over {ranks}, {self._precision}, {self._world.device.type}"
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
 
     def _loss(self, batch: Batch) -> Tensor:
         batch = batch.to(self._world.device)
@@ -192,7 +204,7 @@ class TorchEngine:
             loss: Tensor = self._callable(batch.tokens, batch.targets, batch.document_ids)
         return loss
 
-    def _autocast(self) -> torch.autocast:
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
     @contextlib.contextmanager

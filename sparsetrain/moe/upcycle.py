@@ -7,7 +7,7 @@ Noise and masks make the experts differ from the first step on.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -61,7 +61,13 @@ def dense_source(name: str) -> str | None:
 
 
 @torch.no_grad()
-def upcycle_(model: nn.Module, read: Callable[[str], Tensor], diversity: Diversity = ALIKE) -> None:
+def upcycle_(
+    model: nn.Module,
+    read: Callable[[str], Tensor],
+    diversity: Diversity = ALIKE,
+    *,
+    shards: Sequence[WeightShard] | None = None,
+) -> None:
     """Fill a model that has MoE layers, plain or sharded, from a dense one of the same sizes.
 
     Args:
@@ -69,12 +75,13 @@ def upcycle_(model: nn.Module, read: Callable[[str], Tensor], diversity: Diversi
         read: From a name to the whole dense weight, on any device; asked once for every weight that this rank holds a
             part of, so for the same one by each expert.
         diversity: How the experts are made to differ.
+        shards: Where the model's weights are; default: its parameters.
 
     Raises:
         MoeError: A dense weight has another shape than what is to start from it.
     """
     routers = {path: module for path, module in canonical_modules(model) if isinstance(module, Router)}
-    for shard in weight_shards(model):
+    for shard in weight_shards(model) if shards is None else shards:
         source = dense_source(shard.name)
         if source is not None and shard.local_numel:
             dense = read(source)

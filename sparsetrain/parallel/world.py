@@ -88,9 +88,10 @@ def join_world(config: RunConfig) -> Iterator[World]:
 
 
 def _needs_group(config: RunConfig) -> bool:
-    # fully_shard and experts need a mesh, and a mesh a process group, also for one rank.
+    # fully_shard and experts need a mesh, and a mesh a process group, also for one rank; and so does DeepSpeed.
     parallel = config.parallel
-    return "WORLD_SIZE" in os.environ or parallel.shard == "full" or parallel.experts is not None
+    needs_one = parallel.shard == "full" or parallel.experts is not None or parallel.engine == "deepspeed"
+    return "WORLD_SIZE" in os.environ or needs_one
 
 
 def _init_process_group(config: RunConfig, device: torch.device) -> None:

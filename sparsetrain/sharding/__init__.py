@@ -4,7 +4,7 @@ from sparsetrain.sharding.flat import FlatPartition
 from sparsetrain.sharding.moves import Movable, Move, on_move
 from sparsetrain.sharding.names import canonical_modules, weight_modules
 from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
-from sparsetrain.sharding.parameters import reshard, weight_shapes, weight_shards
+from sparsetrain.sharding.parameters import reshard, weight_shapes, weight_shards, whole_shape
 from sparsetrain.sharding.self_described import DescribesWeights, MomentsOf
 from sparsetrain.sharding.shard import Rectangle, WeightShard
 from sparsetrain.sharding.stack import Stack
@@ -26,4 +26,5 @@ __all__ = [
     "weight_modules",
     "weight_shapes",
     "weight_shards",
+    "whole_shape",
 ]

@@ -25,12 +25,14 @@ class FlatPartition:
     """The optimizer's own copy; default `weight`."""
     moments: Callable[[], dict[str, Tensor]] = field(default=dict)
     replica_rank: int = 0
+    align: int = 1
+    """Every rank's piece is a multiple of so many elements."""
 
     @property
     def local_numel(self) -> int:
-        """Elements a rank holds: the buffer is padded to a multiple of the group's size."""
-        world_size = dist.get_world_size(self.group) if self.group is not None else 1
-        return -(-sum(map(prod, self.shapes.values())) // world_size)
+        """Elements a rank holds: the buffer is padded until all ranks hold equally many."""
+        ways = self.align * (dist.get_world_size(self.group) if self.group is not None else 1)
+        return self.align * -(-sum(map(prod, self.shapes.values())) // ways)
 
     def shards(self) -> Sequence[WeightShard]:
         """A shard for every parameter on every rank, empty where the rank's range does not meet the parameter.

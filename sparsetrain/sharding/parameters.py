@@ -18,20 +18,25 @@ from sparsetrain.sharding.self_described import DescribesWeights, MomentsOf
 from sparsetrain.sharding.shard import WeightShard
 
 
-def weight_shards(module: nn.Module, optimizer: Optimizer | None = None) -> list[WeightShard]:
+def weight_shards(
+    module: nn.Module, optimizer: Optimizer | None = None, *, replica_rank: int | None = None
+) -> list[WeightShard]:
     """Describe every weight of `module`, in the order of its modules, a shared parameter once.
 
     Args:
         module: Plain, DDP-wrapped, compiled, or sharded by `fully_shard` over one dimension of its mesh. What its
             submodules that are DescribesWeights hold is what they say.
         optimizer: Where the moments are; without it `local_moments` is empty.
+        replica_rank: Which copy this rank has of what is replicated; default: DDP's rank, or 0 without DDP.
 
     Raises:
         ShardingError: A parameter is laid out in a way that is not a box of the global weight.
     """
     reshard(module)
     moments = _moments_reader(optimizer)
-    replica_rank = dist.get_rank(module.process_group) if isinstance(module, nn.parallel.DistributedDataParallel) else 0
+    if replica_rank is None:
+        is_ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+        replica_rank = dist.get_rank(module.process_group) if is_ddp else 0  # type: ignore[arg-type]
     shards: list[WeightShard] = []
     with _no_garbage():
         for path, owner, parameters in weight_modules(module):
@@ -61,8 +66,13 @@ def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
         if isinstance(owner, DescribesWeights):
             shapes |= owner.describe_weights(path)
         else:
-            shapes |= {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+            shapes |= {name: whole_shape(parameter) for name, parameter in parameters.items()}
     return shapes
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole of which a parameter is here; ZeRO-3 leaves an empty one, and notes what it stands for."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def reshard(module: nn.Module) -> None:

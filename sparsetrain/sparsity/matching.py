@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsetrain.config import InvalidConfig, Problem, SparsityRule
 from sparsetrain.config.origin import KeyPath
-from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules
+from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules, whole_shape
 from sparsetrain.sparsity.patterns import pattern_of
 
 _HEADS = ("head", "lm_head")
@@ -49,13 +49,14 @@ def describe_parameters(model: nn.Module) -> list[Parameter]:
             ]
         for name, parameter in parameters.items():
             names, owners = aliases[id(parameter)]
+            shape = whole_shape(parameter)
             dense = (
-                parameter.dim() < 2
+                len(shape) < 2
                 or any(isinstance(module, _DENSE_MODULES) for module in owners)
                 or any(_last_part(alias) in _HEADS for alias in names)
             )
             others = tuple(alias for alias in names if alias != name)
-            described.append(Parameter(name, tuple(parameter.shape), dense, others))
+            described.append(Parameter(name, shape, dense, others))
     return described
 
 

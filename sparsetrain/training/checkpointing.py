@@ -103,7 +103,8 @@ class Checkpoints:
             return
         weights = open_weights(path, on_damaged=self._warn)
         diversity = Diversity(upcycle.noise, upcycle.mask, self._config.seed)
-        on_every_rank(lambda: upcycle_(self._engine.module, weights.read, diversity))
+        shards = self._engine.weight_shards()
+        on_every_rank(lambda: upcycle_(self._engine.module, weights.read, diversity, shards=shards))
         self.notices.append(Notice(f"weights upcycled from {weights.path}"))
 
     def _warn(self, problem: str) -> None:

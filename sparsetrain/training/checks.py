@@ -7,6 +7,7 @@ import torch
 from sparsetrain.config import BpeTokenizer, ByteTokenizer, RunConfig, TokenizerFile, check_world
 from sparsetrain.data import Dataset, Progress
 from sparsetrain.data.tokenizer import read_tokenizer_file
+from sparsetrain.engines import require_deepspeed
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import describe_parameters, match_rules
 from sparsetrain.training.attention_check import check_attention
@@ -35,11 +36,12 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
         on_progress: Called while token shards are built.
 
     Raises:
-        ConfigError: The batch or mesh does not fit the ranks, a rule matches no weight, a block does not divide one, a
+        ConfigError: The batch or mesh does not fit the ranks, the engine's library is missing or contradicted, a rule matches no weight, a block does not divide one, a
             query sees no key.
         DataError: A corpus or tokenizer is missing, damaged or does not match.
     """
     check_world(config, world_size or config.cluster.workers)
+    require_deepspeed(config)
     check_attention(config)
     with torch.device("meta"):
         model = Transformer(config.model, vocab_rows(config, _vocab_size(config)), max_seq_len(config))

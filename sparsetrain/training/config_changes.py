@@ -13,6 +13,7 @@ MAY_CHANGE = (
     "cluster.*",
     "checkpoint.*",
     "parallel.*",
+    "engine_overrides.*",
     "train.micro_batch_size",
     "train.eval_every_steps",
     "train.max_bad_steps",

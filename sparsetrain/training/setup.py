@@ -5,7 +5,7 @@ import torch
 from sparsetrain.checkpoint.agreement import on_every_rank
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Tokenizer
-from sparsetrain.engines import Engine, TorchEngine
+from sparsetrain.engines import DeepSpeedEngine, Engine, TorchEngine
 from sparsetrain.errors import ConfigError, PlacementError
 from sparsetrain.models import padded_vocab
 from sparsetrain.models.transformer import TransformerLayer
@@ -44,7 +44,8 @@ def build_engine(config: RunConfig, world: World, tokenizer: Tokenizer) -> Engin
     """The config's engine with a freshly initialised model, laid over the ranks."""
     rows = vocab_rows(config, tokenizer.vocab_size)
     total_steps = sum(plan.num_steps for plan in plan_phases(config))
-    return TorchEngine(config, world, vocab_size=rows, max_seq_len=max_seq_len(config), total_steps=total_steps)
+    engine = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[config.parallel.engine]
+    return engine(config, world, vocab_size=rows, max_seq_len=max_seq_len(config), total_steps=total_steps)
 
 
 def check_expert_memory(config: RunConfig, world: World) -> None:

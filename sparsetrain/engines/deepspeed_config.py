@@ -1,0 +1,124 @@
+"""DeepSpeed's own config, generated from ours; and what can be found wrong without importing DeepSpeed."""
+
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from sparsetrain.config import RunConfig
+from sparsetrain.errors import ConfigError
+
+TESTED_VERSIONS = ((0, 19), (0, 20))
+"""At least the first, below the second: the partitions are read from attributes that may change with any other."""
+
+_OURS = {
+    "train_batch_size": "train.batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_allow_untested_optimizer": "optimizer",
+    "seed": "seed",
+}
+"""Keys of DeepSpeed's that this file says already, and where."""
+
+_CANNOT = {
+    "zero_optimization.offload_optimizer": "the weights of this engine's optimizer stay where the model is",
+    "zero_optimization.offload_param": "the weights of this engine's optimizer stay where the model is",
+    "zero_optimization.zero_hpz_partition_size": "masks know of one partition of a weight",
+    "zero_optimization.mics_shard_size": "masks know of one partition of a weight",
+    "zero_optimization.zero_quantized_weights": "a zeroed weight would not stay exactly zero",
+    "zero_optimization.parameter_alignment": "masks know of partitions without gaps",
+    "zero_optimization.zenflow": "it updates weights at other times than the masks",
+    "compression_training": "sparsity rules own the zeros of a run",
+    "sparse_attention": "DeepSpeed has removed it; set model.attention",
+}
+"""Keys of DeepSpeed's that break what the engine promises, and why."""
+
+
+def deepspeed_config(config: RunConfig) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given: the run's settings, and engine_overrides.deepspeed merged into them.
+
+    Clipping, precision and accumulation are done by the engine in the same way as without DeepSpeed, so they are off.
+
+    Raises:
+        ConfigError: An override contradicts the run's settings, or asks for what the engine cannot do.
+    """
+    overrides = config.engine_overrides.deepspeed
+    for key, value in _leaves(overrides):
+        _refuse(key, value)
+    generated = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    return _merge(generated, overrides)
+
+
+def require_deepspeed(config: RunConfig) -> None:
+    """Make sure that a run with parallel.engine=deepspeed can start, without importing DeepSpeed.
+
+    Raises:
+        ConfigError: It is not installed, is of a version that has not been tested, or its overrides are wrong.
+    """
+    if config.parallel.engine != "deepspeed":
+        return
+    deepspeed_config(config)
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            "parallel.engine = deepspeed: DeepSpeed is not installed. DS_BUILD_OPS=0 pip install "
+            "'sparsetrain[deepspeed]', or set parallel.engine=torch"
+        ) from None
+    lowest, beyond = TESTED_VERSIONS
+    if not lowest <= _numbers(version) < beyond:
+        shown = [".".join(map(str, bound)) for bound in TESTED_VERSIONS]
+        raise ConfigError(
+            f"parallel.engine = deepspeed: version {version} of DeepSpeed is installed, and {shown[0]} up to, not "
+            f"including, {shown[1]} are tested. pip install 'deepspeed>={shown[0]},<{shown[1]}', or set "
+            "parallel.engine=torch"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def _refuse(key: str, value: Any) -> None:
+    where = f"engine_overrides.deepspeed.{key} = {value}"
+    for theirs, ours in _OURS.items():
+        if _is_inside(key, theirs):
+            raise ConfigError(f"{where}: this is {ours} of a run's own settings; set that, and remove the override")
+    for theirs, reason in _CANNOT.items():
+        if _is_inside(key, theirs):
+            raise ConfigError(f"{where}: not with masks that are exact: {reason}; remove it")
+
+
+def _is_inside(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _merge(base: dict[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in override.items():
+        inside = base.get(key)
+        merged[key] = _merge(inside, value) if isinstance(inside, dict) and isinstance(value, Mapping) else value
+    return merged

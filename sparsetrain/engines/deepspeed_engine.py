@@ -1,0 +1,205 @@
+"""DeepSpeed: ZeRO 0 to 3 lays weights, gradients and optimizer state over ranks; the optimizer and masks are ours.
+
+DeepSpeed averages gradients, partitions them and gathers weights. Clipping by the true norm, the masks and AdamW work
+on its flat partitions (`zero_partitions`), so a step computes what it does on torch's own data parallelism. Experts
+that are spread over ranks never come near ZeRO: it is not shown their parameters.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from sparsetrain.config import OptimizerConfig, RunConfig
+from sparsetrain.data import Batch
+from sparsetrain.engines.deepspeed_config import deepspeed_config, require_deepspeed
+from sparsetrain.engines.optimizer import OptimizerGroup, adamw, optimizer_groups
+from sparsetrain.engines.torch_engine import TorchEngine
+from sparsetrain.engines.zero_partitions import ZeroPartitions, moments_reader, weights_in_parameters
+from sparsetrain.moe import moe_layers
+from sparsetrain.parallel import World, set_gradient_sync, store_parameters
+from sparsetrain.sharding import DescribesWeights, WeightShard, weight_modules, weight_shards
+
+
+class DeepSpeedEngine(TorchEngine):
+    """A transformer on DeepSpeed's ZeRO; arguments are those of TorchEngine.
+
+    Every rank holds the whole model for a moment while it is made, at every stage.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or engine_overrides.deepspeed contradicts the run.
+    """
+
+    _partitions: ZeroPartitions | None = None
+    """None at stage 0, where weights are whole."""
+    _is_stale = False
+    """Whether somebody may have written to the partitions since the weights were gathered."""
+
+    def _lay_out(self, config: RunConfig) -> nn.Module:
+        require_deepspeed(config)
+        self._materialize(config)
+        self._groups = optimizer_groups(self._module)
+        stores = store_parameters(self._module)
+        kept_apart = {id(parameter) for parameter in stores.values()}
+        weights = weights_in_parameters(self._module)
+        ours = [group for group in self._groups if not any(id(p) in kept_apart for p in group.parameters)]
+        # A stand-in: it holds no state, and DeepSpeed never steps it.
+        stand_in = SGD([{"params": list(group.parameters)} for group in ours], lr=0.0)
+        deepspeed = _import_deepspeed(self._world)
+        self._library, *_ = deepspeed.initialize(
+            model=_Shown(self._module, kept_apart, super()._autocast()),
+            optimizer=stand_in,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        stage = config.parallel.zero_stage
+        if stage == 3:
+            # It gathers a module's weights for the backward pass when it sees the gradient of what the module returned;
+            # a router returns no tensor, but its layer does.
+            for _, layer in moe_layers(self._module):
+                for parameter in layer.router.parameters():
+                    deepspeed.zero.register_external_parameter(layer, parameter)
+        if stage > 0:
+            assert dist.group.WORLD is not None
+            self._partitions = ZeroPartitions(self._library.optimizer, stage, weights, dist.group.WORLD)
+            flat = {id(group): self._partitions.of_group(at) for at, group in enumerate(ours)}
+            self._groups = [
+                OptimizerGroup(flat.get(id(group), group.parameters), group.is_decayed) for group in self._groups
+            ]
+        module: nn.Module = self._library
+        return module
+
+    def _new_optimizer(self, config: OptimizerConfig) -> Optimizer:
+        return adamw(self._groups, config, self._world.device)
+
+    def _find_shards(self) -> None:
+        rank = self._world.rank
+        if self._partitions is None:
+            self._shards = weight_shards(self._module, self._optimizer, replica_rank=rank)
+            return
+        moments = moments_reader(self._optimizer)
+        cut = self._partitions.shards(moments)
+        found: list[WeightShard] = []
+        for path, owner, parameters in weight_modules(self._module):
+            if isinstance(owner, DescribesWeights):
+                names = list(owner.describe_weights(path))
+                is_cut = names[0] in cut
+                found += [cut[name] for name in names] if is_cut else owner.shards_of_weights(path, moments, rank)
+            else:
+                found += [cut[name] for name in parameters]
+        self._shards = found
+
+    def weight_shards(self) -> list[WeightShard]:
+        """Where every weight lives; what is written there is gathered before the model is next run."""
+        self._is_stale = True
+        return super().weight_shards()
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Leave the averaged gradient in the shards; see Engine."""
+        loss = super().forward_backward(micro_batches)
+        if self._partitions is not None:
+            self._partitions.take_gradients()
+        return loss
+
+    def step(self, lr: float) -> None:
+        """Update this rank's part of the weights; the others' are gathered when the model is next run."""
+        super().step(lr)
+        self._is_stale = True
+
+    def skip_step(self) -> None:
+        """Drop the gradient without an update; masks may change all the same."""
+        super().skip_step()
+        self._is_stale = True
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
+        self._gather_if_stale()
+        logits_1TV: Tensor = self._callable(tokens.unsqueeze(0).to(self._world.device))
+        return logits_1TV[0, -1]
+
+    def describe(self) -> str:
+        """One line for people."""
+        return self._describe("DeepSpeed", f"ZeRO-{self._layout.zero_stage}")
+
+    def _loss(self, batch: Batch) -> Tensor:
+        self._gather_if_stale()
+        return super()._loss(batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._library.backward(loss)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()  # DeepSpeed would switch one around it off: it is inside, see _Shown
+
+    @contextmanager
+    def _synchronizing(self, is_last: bool) -> Iterator[None]:
+        """Tell DeepSpeed, and the experts, whether this is the last micro-batch of the step."""
+        if self._has_experts:
+            set_gradient_sync(self._module, is_last)
+        self._library.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def _gather_if_stale(self) -> None:
+        if self._is_stale and self._partitions is not None:
+            self._partitions.gather()
+        self._is_stale = False
+
+
+class _Shown(nn.Module):
+    """The model as DeepSpeed sees it: run under autocast, and without the parameters of expert stores.
+
+    Args:
+        model: The whole.
+        kept_apart: Ids of the parameters that DeepSpeed must not partition, reduce or broadcast.
+        autocast: Entered around each forward pass.
+    """
+
+    def __init__(self, model: nn.Module, kept_apart: set[int], autocast: AbstractContextManager[None]) -> None:
+        super().__init__()
+        self.model = model
+        self._kept_apart = kept_apart
+        self._autocast = autocast
+
+    def forward(self, *args: Any) -> Any:
+        """The model's own result."""
+        with self._autocast:
+            return self.model(*args)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """All but those that are kept apart."""
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) not in self._kept_apart:
+                yield name, parameter
+
+
+def _import_deepspeed(world: World) -> Any:
+    """DeepSpeed, set up on the process group that is there, without a word and without compiling anything."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    # It calls torch's collectives by names that torch wants replaced, and torch says so at every call.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    import deepspeed
+    from deepspeed.utils import groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are of what is done on purpose here
+    # Collectives through shared memory are compiled when they are missing: a minute or more, and ranks of a later run
+    # wait for ever on the lock file of a process that was ended meanwhile. torch's own are used instead.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What an earlier run in this process has left belongs to a process group that is gone. The run's own group, not a
+    # copy: that would wait for a lost rank as long as torch does by default.
+    deepspeed.comm.comm.cdb = None
+    groups._WORLD_GROUP = dist.group.WORLD
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
