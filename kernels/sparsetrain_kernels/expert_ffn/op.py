@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.expert_ffn.activation import Activation
-from sparsetrain_kernels.expert_ffn.blocks import Weights
-from sparsetrain_kernels.expert_ffn.by_expert import backward_of_rows, forward_of_rows
-from sparsetrain_kernels.expert_ffn.fused import moe_backward, moe_forward
+from sparsetrain_kernels.expert_ffn.passes import rows_backward, rows_forward, tokens_backward, tokens_forward
 from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import compute_dtype
@@ -133,9 +131,8 @@ def _expert_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, and what the backward pass wants: hidden activations, and the weights where they had to be cast."""
     w_in_C, w_out_C = _cast(w_in_EHD, x_RD.dtype), _cast(w_out_EDF, x_RD.dtype)
-    weights = Weights.unstack(_either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out)
-    y_RD, h_RH = forward_of_rows(x_RD, counts_E.tolist(), weights, activation)
-    return y_RD, h_RH, w_in_C, w_out_C
+    stacks = _either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out
+    return *rows_forward(x_RD, counts_E, stacks, activation), w_in_C, w_out_C
 
 
 @_expert_ffn.register_fake
@@ -158,11 +155,8 @@ def _expert_ffn_backward(
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Gradients by x and by every weight that there is; the latter in `dtype`, or left out if it is None."""
-    counts = counts_E.tolist()
-    gradients = _new_gradients(counts, dtype, w_in_EHD, w_out_EDF, b_in, b_out)
-    weights = Weights.unstack(w_in_EHD, w_out_EDF, b_in, b_out)
-    into = Weights.unstack(*gradients) if gradients else None
-    return [backward_of_rows(dy_RD, x_RD, h_RH, counts, weights, activation, into, add=False), *_present(gradients)]
+    stacks = w_in_EHD, w_out_EDF, b_in, b_out
+    return rows_backward(dy_RD, x_RD, h_RH, counts_E, stacks, activation, dtype)
 
 
 @_expert_ffn_backward.register_fake
@@ -201,8 +195,8 @@ def _moe_ffn(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The result, and what the backward pass wants: activations, and the weights where they had to be cast."""
     w_in_C, w_out_C = _cast(w_in_EHD, x_TD.dtype), _cast(w_out_EDF, x_TD.dtype)
-    weights = Weights.unstack(_either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out)
-    return *moe_forward(x_TD, token_R, weight_R, counts_E.tolist(), weights, activation), w_in_C, w_out_C
+    stacks = _either(w_in_C, w_in_EHD), _either(w_out_C, w_out_EDF), b_in, b_out
+    return *tokens_forward(x_TD, token_R, weight_R, counts_E, stacks, activation), w_in_C, w_out_C
 
 
 @_moe_ffn.register_fake
@@ -238,13 +232,8 @@ def _moe_ffn_backward(
     dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Gradients by x, `weight_R` and every weight that there is; the last in `dtype`, or left out if it is None."""
-    counts = counts_E.tolist()
-    gradients = _new_gradients(counts, dtype, w_in_EHD, w_out_EDF, b_in, b_out)
-    weights = Weights.unstack(w_in_EHD, w_out_EDF, b_in, b_out)
-    into = Weights.unstack(*gradients) if gradients else None
-    dy_TD = dy_TD.to(x_TD.dtype)
-    dx, dweight = moe_backward(dy_TD, x_TD, h_PH, y_PD, token_R, weight_R, counts, weights, activation, into)
-    return [dx, dweight, *_present(gradients)]
+    stacks = w_in_EHD, w_out_EDF, b_in, b_out
+    return tokens_backward(dy_TD, x_TD, h_PH, y_PD, token_R, weight_R, counts_E, stacks, activation, dtype)
 
 
 @_moe_ffn_backward.register_fake
@@ -296,21 +285,9 @@ def _either(cast: Tensor, weight: Tensor) -> Tensor:
     return cast if cast.dim() == weight.dim() else weight
 
 
-def _new_gradients(counts: list[int], dtype: torch.dtype | None, *weights: Tensor | None) -> Any:
-    """Memory for the gradients of weights, zero for experts without rows; nothing where dtype is None."""
-    if dtype is None:
-        return ()
-    stacks = tuple(None if w is None else new_result(w, *w.shape, dtype=dtype) for w in weights)
-    for expert, count in enumerate(counts):
-        if count == 0:
-            for stack in _present(stacks):
-                stack[expert].zero_()
-    return stacks
-
-
 def _empty_gradients(w_in: Tensor, w_out: Tensor, b_in: Any, b_out: Any, _: str, dtype: Any) -> list[Tensor]:
-    return [] if dtype is None else [w.new_empty(w.shape, dtype=dtype) for w in _present((w_in, w_out, b_in, b_out))]
-
-
-def _present(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+    return (
+        []
+        if dtype is None
+        else [w.new_empty(w.shape, dtype=dtype) for w in (w_in, w_out, b_in, b_out) if w is not None]
+    )

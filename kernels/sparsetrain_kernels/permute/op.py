@@ -3,12 +3,14 @@
 Shapes: T tokens, R rows, D model dim.
 """
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsetrain_kernels.permute import reference
+from sparsetrain_kernels.row_backend import runs_triton
 
 
 def permute(x_TD: Tensor, token_R: Tensor) -> Tensor:
@@ -41,9 +43,15 @@ def unpermute(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) 
     return y_TD
 
 
+def backend_of(x: Tensor) -> Any:
+    """The module that has `gather`, `combine` and `combine_backward` for tensors like this."""
+    return import_module("sparsetrain_kernels.permute.triton") if runs_triton(x) else reference
+
+
 @torch.library.custom_op("sparsetrain::permute", mutates_args=())
 def _permute(x_TD: Tensor, token_R: Tensor) -> Tensor:
-    return reference.gather(x_TD.contiguous(), token_R)
+    x_RD: Tensor = backend_of(x_TD).gather(x_TD.contiguous(), token_R)
+    return x_RD
 
 
 @_permute.register_fake
@@ -53,7 +61,8 @@ def _(x_TD: Tensor, token_R: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsetrain::permute_backward", mutates_args=())
 def _permute_backward(dx_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    return reference.combine(dx_RD.contiguous(), None, token_R, num_tokens)
+    dx_TD: Tensor = backend_of(dx_RD).combine(dx_RD.contiguous(), None, token_R, num_tokens)
+    return dx_TD
 
 
 @_permute_backward.register_fake
@@ -63,7 +72,8 @@ def _(dx_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
 
 @torch.library.custom_op("sparsetrain::unpermute", mutates_args=())
 def _unpermute(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    return reference.combine(y_RD.contiguous(), weight_R, token_R, num_tokens)
+    y_TD: Tensor = backend_of(y_RD).combine(y_RD.contiguous(), weight_R, token_R, num_tokens)
+    return y_TD
 
 
 @_unpermute.register_fake
@@ -73,7 +83,9 @@ def _(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tenso
 
 @torch.library.custom_op("sparsetrain::unpermute_backward", mutates_args=())
 def _unpermute_backward(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.combine_backward(dy_TD.contiguous(), y_RD, weight_R, token_R)
+    backend = backend_of(y_RD)
+    dy_RD, dweight_R = backend.combine_backward(dy_TD.contiguous(), y_RD.contiguous(), weight_R, token_R)
+    return dy_RD, dweight_R
 
 
 @_unpermute_backward.register_fake
