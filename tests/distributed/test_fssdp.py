@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from sparsetrain.moe.placement import ExpertBytes, Placement, materialised_bytes
 from sparsetrain.parallel import parallelize
 from sparsetrain.parallel.fssdp.controller import runtimes_of
 from sparsetrain.parallel.fssdp.replicas import LocalExperts, Replicas
+from sparsetrain.parallel.fssdp.step_planner import Measured, StepPlanner
 from sparsetrain.sharding import weight_shards
 from sparsetrain.testing import assert_close, run_distributed
 
@@ -199,6 +201,25 @@ def check_capacity(overflow: str) -> None:
         assert dropped == theirs.load.read().dropped
 
 
+def check_slots_follow_measured_costs() -> None:
+    """Layers with an uneven load get replicas while transfers cost little; no owner changes for it."""
+    model = Model()
+    parallelize(model, experts="fssdp", options=FssdpConfig(spare_slots=2, reshard_every_steps=0), shard=None)
+    (runtime,) = runtimes_of(model)
+    planner = StepPlanner(runtime)
+    owners_LE = runtime.store.owners_LE.copy()
+    load_LE = np.array([[90, 60, 5, 5], [40, 40, 40, 40]])
+    found = []
+    for byte_s in (1e-12, 1e-3, 1e-12):
+        planner._byte_s = byte_s
+        planner.plan(load_LE, Measured(expert_s=1.0, rows=640.0, layer_s=1.0, model_s=1.0, calls=4.0, ranks=2.0), None)
+        found.append([placement.num_replicas for placement in runtime.placements])
+    assert found[0][0] > 0
+    assert found == [[found[0][0], 0], [0, 0], [found[0][0], 0]]
+    assert (runtime.store.owners_LE == owners_LE).all()
+    assert runtime.store.traffic.moved == 0
+
+
 def check_bf16_autocast() -> None:
     oracle, model = Model().float(), spread(Model().float())
     x = inputs([300, 200], 0).float()
@@ -214,6 +235,7 @@ def check_all() -> None:
     check_order_of_transfers()
     check_replicas_of_old_weights_are_not_used()
     check_all_tokens_to_one_rank()
+    check_slots_follow_measured_costs()
     for rematerialise in (False, True):
         check_peak_of_replicas(rematerialise=rematerialise)
     for overflow in ("drop", "pad"):

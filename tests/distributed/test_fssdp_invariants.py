@@ -1,7 +1,7 @@
 """What must hold in every step of FSSDP under every load scenario, whatever the plans; and the oracle is one process.
 
-Routes are forced by load traces drawn from the scenarios; weights of the oracle are those of the owners, so that one
-step's rounding cannot spread to the next.
+Routes are forced by load traces, drawn from the scenarios or recorded; weights of the oracle are those of the owners,
+so that one step's rounding cannot spread to the next.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.distributed import init_device_mesh
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.config.moe import Replay
 from sparsetrain.moe import MoELayer, moe_layers
-from sparsetrain.moe.placement import SCENARIOS, LoadTrace, Placement, scenario
+from sparsetrain.moe.placement import SCENARIOS, LoadTrace, Placement, TraceRecorder, scenario
 from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.parallel import MoEController
@@ -65,31 +65,28 @@ def run(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Oracle:
-    """One process with all experts, on the tokens of each rank in turn."""
+    """One process with all experts, which computes this rank's tokens; gradients are averaged over ranks."""
 
     def __init__(self, trace: str) -> None:
         self.model = Model(trace)
 
-    def step(self, step: int, weights: Weights, world_size: int, dtype: torch.dtype) -> tuple[list[Tensor], Weights]:
-        """The loss of each rank, and the mean over ranks of experts' gradients."""
+    def step(self, step: int, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Weights]:
+        """The loss of this rank's tokens, and the mean over ranks of experts' gradients."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
         self.model.zero_grad()
         for (layer, expert), row in weights.items():
             experts = self.model.layers[layer].experts
             w_in, w_out = row.split([experts.w_in[0].numel(), experts.w_out[0].numel()])
             experts.w_in.data[expert], experts.w_out.data[expert] = w_in.view(-1, DIM), w_out.view(DIM, -1)
-        losses = []
-        for rank in range(world_size):
-            for layer in self.model.layers:
-                replay_of(layer).source, replay_of(layer).step = rank, step
-            loss = run(self.model, tokens_of(step, rank, world_size), dtype)
-            (loss / world_size).backward()
-            losses.append(loss.detach())
-        grads = {}
-        for layer, expert in weights:
-            experts = self.model.layers[layer].experts
-            pieces = experts.w_in.grad[expert], experts.w_out.grad[expert]
-            grads[layer, expert] = torch.cat([piece.flatten() for piece in pieces])
-        return losses, grads
+        for layer in self.model.layers:
+            replay_of(layer).source, replay_of(layer).step = rank, step
+        loss = run(self.model, tokens_of(step, rank, world_size), dtype)
+        (loss / world_size).backward()
+        stacks = [layer.experts.get_parameter(name).grad for layer in self.model.layers for name in ("w_in", "w_out")]
+        rows = torch.stack([torch.cat([stack[e].flatten() for stack in stacks]) for e in range(NUM_EXPERTS)])
+        dist.all_reduce(rows)
+        by_layer = rows.view(NUM_EXPERTS, LAYERS, -1)
+        return loss.detach(), {(layer, expert): by_layer[expert, layer] for layer, expert in weights}
 
 
 @dataclass
@@ -207,9 +204,9 @@ class Run:
         assert self.store.traffic.gathered == sum(self.missing) * self.store.expert_bytes(self.dtype)
 
     def check_against_oracle(self, step: int, loss: Tensor, weights: Weights, grads: Weights) -> None:
-        losses, expected = self.oracle.step(step, weights, self.groups.size, self.dtype)
+        expected_loss, expected = self.oracle.step(step, weights, self.dtype)
         exact = self.dtype == torch.float32
-        assert_close(loss, losses[self.rank], rtol=1e-5 if exact else 2e-2, atol=0.0)
+        assert_close(loss, expected_loss, rtol=1e-5 if exact else 2e-2, atol=0.0)
         for place, grad in grads.items():
             largest = float(expected[place].abs().max())
             rtol, atol = (1e-4, 1e-5 * largest + 1e-7) if exact else (0.0, 5e-2 * largest + 1e-3)
@@ -222,6 +219,8 @@ class Run:
         np.testing.assert_array_equal(placement.owner_E, owner_E)
         assert placement.holders_ED[np.arange(NUM_EXPERTS), owner_E].all()
         assert max(len(placement.replicas_of(device)) for device in range(self.groups.size)) <= SPARE_SLOTS
+        if self.options.hot_experts is not None:
+            assert (placement.holders_ED.sum(axis=1) > 1).sum() <= self.options.hot_experts
         own = torch.tensor([placement.fingerprint, plan.fingerprint])
         every = own.new_empty(self.groups.size, 2)
         dist.all_gather(list(every.unbind()), own)
@@ -262,8 +261,9 @@ def check_scenarios(traces: dict[str, str]) -> None:
     groups = ExpertGroups.of_mesh(mesh, devices_per_node=2 if world_size == 4 else None)
     for name, trace in traces.items():
         for dtype in (torch.float32, torch.bfloat16):
-            kept = Run(trace, groups, dtype).steps()
-            freed = Run(trace, groups, dtype, rematerialise=True).steps()
+            hot = None if dtype == torch.float32 else 1
+            kept = Run(trace, groups, dtype, hot_experts=hot).steps()
+            freed = Run(trace, groups, dtype, hot_experts=hot, rematerialise=True).steps()
             assert_bitwise(torch.stack(freed.losses), torch.stack(kept.losses))
             for ours, theirs in zip(freed.grads, kept.grads, strict=True):
                 assert ours.keys() == theirs.keys()
@@ -275,10 +275,8 @@ def check_scenarios(traces: dict[str, str]) -> None:
 
 
 def draw_traces(folder: Path, world_size: int) -> dict[str, str]:
-    """A trace of each scenario, by name; L5's hot expert has moved in every step."""
-    draw = np.random.default_rng(3)
-    recorded_NLSE = draw.multinomial(64, draw.dirichlet(np.full(NUM_EXPERTS, 0.3), size=(STEPS, LAYERS, world_size)))
-    recorded = trace_of(recorded_NLSE)
+    """A trace of each scenario, by name; L5's hot expert has moved in every step, and L8 is that of a run."""
+    recorded = record(world_size)
     loads = {}
     for name in SCENARIOS:
         of_layers = [
@@ -291,13 +289,32 @@ def draw_traces(folder: Path, world_size: int) -> dict[str, str]:
                 for step in range(STEPS)
             ]
         )
-    loads[HOT] = np.zeros_like(recorded_NLSE)
+    loads[HOT] = np.zeros_like(loads["L8"])
     loads[HOT][..., 5] = TOP_K * TOKENS
     paths = {}
     for name, load_NLSE in loads.items():
         paths[name] = str(folder / f"{name}.npz")
         trace_of(load_NLSE).save(paths[name])
     return paths
+
+
+def record(world_size: int) -> LoadTrace:
+    """The load of a run: routers learn, and every rank has tokens of a kind of its own."""
+    torch.manual_seed(1)
+    model = nn.ModuleList(MoELayer(DIM, FFN_DIM, NUM_EXPERTS, TOP_K) for _ in range(LAYERS))
+    optimizer, recorder = torch.optim.SGD(model.parameters(), lr=0.3), TraceRecorder(TOP_K)
+    for step in range(STEPS):
+        loads = []
+        for rank in range(world_size):
+            x = tokens_of(3, rank, world_size) + 1.5 * torch.randn(DIM, generator=torch.Generator().manual_seed(rank))
+            for layer in model:
+                x = x + layer(x)
+            x.square().mean().backward()
+            loads.append(np.stack([layer.load.take().counts_E.numpy() for layer in model]))
+        recorder.append(step, sum(loads), np.stack(loads, axis=1))
+        optimizer.step()
+        optimizer.zero_grad()
+    return recorder.trace()
 
 
 def trace_of(load_NLSE: IntArray) -> LoadTrace:
