@@ -283,8 +283,24 @@ def doctor(
         str | None,
         typer.Option(metavar="URL", help="The cluster: HOST:PORT, auto, or http://HOST:8265 from anywhere else."),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time the kernels here, so that each call runs the fastest.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(help="With --tune: how long to measure.")] = 2.0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --tune: operations, or how their names begin; may be repeated."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="With --tune: threads that the times hold for [default: torch's own].")
+    ] = None,
 ) -> None:
     """Show what this machine has, and what each engine and kernel will use; or what is wrong with a cluster's nodes."""
+    if tune:
+        from sparsetrain.report.tune import tune_kernels
+
+        tune_kernels(Console(), operations=only or (), limit_s=60 * minutes, threads=threads)
+        return
     if cluster:
         _check_cluster(address)
         return

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from sparsetrain_kernels.dispatch import TableError, hardware_name, load_table, own_table, shipped_table
 
 from sparsetrain.planning.hardware import Hardware, describe_hardware, measured_matmul_peak
 from sparsetrain.training.formatting import quantity
@@ -41,6 +42,10 @@ class Findings:
     compiler_path: str | None
     has_python_headers: bool
     has_nvidia_driver: bool
+    kernel_table: Path | None = None
+    """Measured times that kernels are chosen by; None where there are none of this hardware."""
+    kernel_table_error: str = ""
+    """Why they cannot be read; empty where they can."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ def examine(folder: Path) -> Findings:
     hardware = describe_hardware()
     device = "cuda" if hardware.gpus else "cpu"
     threads = max(1, int(hardware.num_cores))
+    table, table_error = _find_kernel_table(device)
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return Findings(
         hardware=hardware,
@@ -93,7 +99,19 @@ def examine(folder: Path) -> Findings:
         compiler_path=shutil.which(shlex.split(compiler)[0]),
         has_python_headers=(Path(sysconfig.get_path("include")) / "Python.h").exists(),
         has_nvidia_driver=_NVIDIA_DRIVER.exists(),
+        kernel_table=table,
+        kernel_table_error=table_error,
     )
+
+
+def _find_kernel_table(device: str) -> tuple[Path | None, str]:
+    hardware = hardware_name(device)
+    places = [place for place in (own_table(hardware), shipped_table(hardware)) if place.is_file()]
+    try:
+        load_table(hardware, device)
+    except TableError as error:
+        return places[0], str(error)
+    return (places[0] if places else None), ""
 
 
 def find_problems(findings: Findings) -> list[Problem]:
@@ -103,6 +121,9 @@ def find_problems(findings: Findings) -> list[Problem]:
 
 def _missing_parts(findings: Findings) -> list[Problem]:
     problems = []
+    if findings.kernel_table_error:
+        what, _, fix = findings.kernel_table_error.rpartition("; ")
+        problems.append(Problem(f"the kernels' measured times cannot be read: {what}", fix))
     if findings.has_nvidia_driver and not findings.hardware.gpus:
         problems.append(
             Problem(
@@ -213,8 +234,15 @@ def _engine_rows(findings: Findings) -> list[tuple[str, str]]:
         ("precision", f"fp32, or {bf16}"),
         ("torch.compile", "cannot be used here, see below" if _compile_lacks(findings)[0] else compiles),
         ("zeroed weights", "dense matmuls that multiply zeros like other weights: FLOPs saved are nominal"),
+        ("kernels", _kernel_choice(findings.kernel_table)),
         ("workers", "Ray, or this process with --in-process" if "ray" in hardware.versions else "this process"),
     ]
+
+
+def _kernel_choice(table: Path | None) -> str:
+    if table is None:
+        return "no times of this hardware to choose by: `sparsetrain doctor --tune` measures them in two minutes"
+    return f"each call the fastest by the times in {table}"
 
 
 def _library_rows(findings: Findings) -> list[tuple[str, str]]:

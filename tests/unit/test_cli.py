@@ -344,6 +344,13 @@ def test_doctor_describes_the_machine(stand_in: Callable[..., Any]) -> None:
     doctor.assert_called_once()
 
 
+def test_doctor_measures_kernels_when_asked(stand_in: Callable[..., Any]) -> None:
+    tune = stand_in("sparsetrain.report.tune.tune_kernels")
+
+    assert run("doctor", "--tune", "--minutes", "0.5", "--only", "nm_linear", "--threads", "2").exit_code == 0
+    assert tune.call_args.kwargs == {"operations": ["nm_linear"], "limit_s": 30, "threads": 2}
+
+
 def test_help_shows_the_three_ways_in_and_every_command() -> None:
     text = " ".join(run("--help").output.split())
 

@@ -136,3 +136,20 @@ def test_this_machine_can_be_examined(monkeypatch, tmp_path):
     assert findings.free_disk_bytes > 0
     assert findings.compiler_path is None
     assert any("no-such-compiler -O2" in problem.what for problem in find_problems(findings))
+
+
+def test_the_times_that_kernels_are_chosen_by_are_named(monkeypatch):
+    assert any("sparsetrain doctor --tune` measures them" in line for line in printed(HEALTHY, monkeypatch, width=160))
+    tuned = replace(HEALTHY, kernel_table=Path("/cache/example.csv"))
+    assert "kernels each call the fastest by the times in /cache/example.csv" in printed(tuned, monkeypatch)
+
+
+def test_times_that_cannot_be_read_are_a_problem(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSETRAIN_DISPATCH_DIR", str(tmp_path))
+    path = tmp_path / f"{doctor.hardware_name('cpu')}.csv"
+    path.write_text("scribbles")
+    found = doctor._find_kernel_table("cpu")
+    assert found[0] == path
+    (problem,) = find_problems(replace(HEALTHY, kernel_table=found[0], kernel_table_error=found[1]))
+    assert str(path) in problem.what
+    assert problem.fix == "delete it, or measure anew with `sparsetrain doctor --tune`"
