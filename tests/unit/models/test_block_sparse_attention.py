@@ -137,3 +137,12 @@ def test_documents_beside_each_other_in_two_samples_stay_apart():
     tokens, _ = samples()
     ids = torch.zeros_like(tokens)
     torch.testing.assert_close(model(tokens, None, ids)[1], model(tokens[1:], None, ids[1:])[0])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_and_finds_its_layouts():
+    model = model_of(config([SINK], documents=True, num_layers=1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for num_tokens in (40, LENGTH):
+        tokens, ids = samples(num_tokens)
+        torch.testing.assert_close(compiled(tokens, tokens, ids), model(tokens, tokens, ids))
