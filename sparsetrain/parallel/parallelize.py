@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -56,9 +56,12 @@ def parallelize(
         The module to call.
 
     Raises:
-        ShardingError: The mesh does not fit, or the model has no MoELayers, or has been parallelized before.
+        ShardingError: The mesh does not fit, or the model has no MoELayers, or has been parallelized before; `experts`
+            or `shard` is none of those.
         PlacementError: An expert group has more ranks than a layer has experts.
     """
+    if shard not in ("ddp", "full", None):
+        raise ShardingError(f"shard={shard!r}: expected ddp, full or None")
     mesh = mesh or init_device_mesh(_device_of(model).type, (dist.get_world_size(),))
     if experts is not None:
         parallelize_experts(model, ExpertGroups.of_mesh(mesh), experts, options or FssdpConfig())
@@ -90,6 +93,8 @@ def parallelize_experts(
         PlacementError: An expert group has more ranks than a layer has experts.
     """
     layers = moe_layers(model)
+    if kind not in get_args(ExpertParallelism):
+        raise ShardingError(f"experts={kind!r}: expected ep, fssdp or None")
     if not layers:
         raise ShardingError(f'experts="{kind}": {type(model).__name__} holds no MoELayer; pass experts=None')
     runtimes = []

@@ -209,6 +209,10 @@ def check_bad_input() -> None:
         parallelize(nn.Linear(2, 2), experts="ep")
     with pytest.raises(PlacementError, match="1 experts cannot be spread over an expert group of 2 ranks"):
         parallelize(MoELayer(4, 4, 1, 1), experts="ep")
+    with pytest.raises(ShardingError, match="experts='fsdp': expected ep, fssdp or None"):
+        parallelize(Model(), experts="fsdp")
+    with pytest.raises(ShardingError, match="shard='fsdp': expected ddp, full or None"):
+        parallelize(Model(), experts="ep", shard="fsdp")
     model = parallelize(Model(), experts="ep", shard=None)
     with pytest.raises(ShardingError, match="spread over ranks already"):
         parallelize(model, experts="fssdp")
