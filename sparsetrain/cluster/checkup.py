@@ -208,7 +208,8 @@ def _print(reports: Sequence[NodeReport], problems: Sequence[Problem], console: 
         )
     console.print(table)
     common = {key: Counter(report.versions[key] for report in reports).most_common(1)[0][0] for key in _FIXES}
-    console.print("   [dim]" + escape(", ".join(f"{key} {value or 'none'}" for key, value in common.items())) + "[/]")
+    versions = ", ".join(f"{key} {value or 'none'}" for key, value in common.items())
+    console.print(f"   [dim]{escape(versions)}[/]", soft_wrap=True)
     if not problems:
         console.print("\n [green]no problems found[/]")
         return

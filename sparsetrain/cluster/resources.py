@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -21,11 +21,17 @@ class Request:
     workers: int
     cpus_per_worker: float
     gpus_per_worker: float
+    min_workers: int | None = None
 
     @classmethod
     def from_config(cls, cluster: ClusterConfig) -> "Request":
         """Read it from the `cluster` section."""
-        return cls(cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+        return cls(cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker, cluster.min_workers)
+
+    @property
+    def least(self) -> "Request":
+        """The least that the run starts with."""
+        return replace(self, workers=self.min_workers or self.workers)
 
     @property
     def per_worker(self) -> dict[str, float]:

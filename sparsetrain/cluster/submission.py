@@ -66,7 +66,7 @@ def submit(
     run = config if isinstance(config, RunConfig) else load_config(config, overrides)
     write = write or _write
     server = JobServer(address)
-    server.check_room(Request.from_config(run.cluster))
+    server.check_room(Request.from_config(run.cluster).least)
     flags = {"refuse": [], "resume": ["--resume"], "overwrite": ["--overwrite"]}[on_existing]
     flags += ["--event-lines"] if reporter is not None else []
     run = absolute_paths(run, Path.cwd())

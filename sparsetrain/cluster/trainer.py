@@ -41,6 +41,8 @@ _CONTROLLER_ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_RESIZE_EVERY_S = 300.0
+"""How often an elastic run looks whether more workers fit: they cost it the steps since its last checkpoint."""
 _PROCESS_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}
 """A group that has lost a rank never shuts down in order; Ray's default is to wait for that for 30 s."""
 
@@ -85,29 +87,32 @@ def run_on_ray(
     with contextlib.ExitStack() as stack:
         if on_existing != "overwrite":
             folder = stack.enter_context(RunFolder.open(config, on_existing, None))
-        where = "a local Ray" if address == LOCAL else f"the Ray cluster at {address}"
-        report(Notice(f"starting {request.workers} worker{'s' * (request.workers > 1)} on {where}"))
+        report(Notice(_starting(request, address)))
         stack.enter_context(environment(_driver_environment(config, address)))
         stack.enter_context(ray_session(address, request, env_vars=_PROCESS_ENVIRONMENT))
         if address != LOCAL:
             timeout_s = config.cluster.start_timeout_s
-            wait_for_cluster(request, timeout_s=timeout_s, notify=lambda message: report(Notice(message)))
+            wait_for_cluster(request.least, timeout_s=timeout_s, notify=lambda message: report(Notice(message)))
         if on_existing == "overwrite":  # the old run is deleted only now that everything else is there
             folder = stack.enter_context(RunFolder.open(config, on_existing, None))
         for notice in folder.notices:
             report(Notice(notice))
         marker = stack.enter_context(_marker(folder.logs))
-        return _Run(config, folder, request, report).train(marker, profile)
+        is_elastic = request.min_workers is not None and address != LOCAL
+        return _Run(config, folder, request, report, is_elastic).train(marker, profile)
 
 
 class _Run:
     """One run on a connected cluster: the thread that waits for Ray Train, and the loop that passes on events."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, request: Request, report: Reporter) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, request: Request, report: Reporter, is_elastic: bool
+    ) -> None:
         self._config = config
         self._folder = folder
         self._request = request
         self._report = report
+        self._is_elastic = is_elastic
         self._hub = start_hub()
         self._restarts = 0
 
@@ -138,7 +143,8 @@ class _Run:
             partial(run_worker, task),
             torch_config=Rendezvous(timeout_s=int(cluster.collective_timeout_s), hub=self._hub),
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers,
+                num_workers=(cluster.min_workers, cluster.workers) if self._is_elastic else cluster.workers,
+                elastic_resize_monitor_interval_s=_RESIZE_EVERY_S,
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker=self._request.per_worker,
             ),
@@ -238,6 +244,18 @@ class _Fit(threading.Thread):
         if self._error is not None:
             raise self._error
         return self._summary
+
+
+def _starting(request: Request, address: str) -> str:
+    count = f"{request.workers} worker{'s' * (request.workers > 1)}"
+    if address == LOCAL:
+        unused = (
+            "" if request.min_workers is None else "; cluster.min_workers is not used there, where no nodes go or come"
+        )
+        return f"starting {count} on a local Ray{unused}"
+    if request.min_workers is not None:
+        count = f"{request.min_workers} to {count}"
+    return f"starting {count} on the Ray cluster at {address}"
 
 
 def _driver_environment(config: RunConfig, address: str) -> dict[str, str]:

@@ -102,11 +102,17 @@ def _validate(
             return None, problems
     clashes = [*conflicts(config)]
     if checks_ranks:
-        clashes += world_conflicts(config, world_size or config.cluster.workers)
+        clashes += _first_world_conflicts(config, world_size)
     for clash in clashes:
         if not any(_touches(path, broken) for path in (clash.path, *clash.others)):
             problems.append(_as_problem(clash, completed, origins))
     return config, problems
+
+
+def _first_world_conflicts(config: RunConfig, world_size: int | None) -> list[Conflict]:
+    """What does not fit one of the numbers of ranks that the run may have, beginning with all its workers."""
+    sizes = [world_size] if world_size else reversed(config.cluster.world_sizes)
+    return next(filter(None, (list(world_conflicts(config, size)) for size in sizes)), [])
 
 
 def _as_problem(clash: Conflict, raw: Any, origins: Origins) -> Problem:

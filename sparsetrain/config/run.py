@@ -145,8 +145,8 @@ class ParallelConfig(Section):
     engine: Literal["torch", "deepspeed"] = "torch"
     """The library that lays the model over ranks. Losses, masks and checkpoints do not depend on it."""
     zero: Annotated[Int, Field(ge=0, le=3)] | None = None
-    """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too. Default:
-    1."""
+    """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too.
+    Default: 1."""
     shard: Literal["ddp", "full"] = "ddp"
     """With engine=torch. ddp: every rank holds everything. full: weights, gradients and optimizer state sharded
     (fully_shard)."""
@@ -205,7 +205,7 @@ class ParallelConfig(Section):
 class EngineOverrides(Section):
     """Settings of a library that this file has no key of its own for."""
 
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged into the config that is generated for DeepSpeed, in its own words; a key that contradicts this file is an
     error."""
 
@@ -214,6 +214,9 @@ class ClusterConfig(Section):
     """What is asked of Ray."""
 
     workers: Int = Field(default=1, gt=0)
+    min_workers: Int | None = Field(default=None, gt=0)
+    """Train with fewer workers, down to this many, while the cluster has no room for all; whenever room comes or goes,
+    the run goes on from its last checkpoint with as many as fit. null: always with `workers`."""
     cpus_per_worker: Real = Field(default=1, gt=0)
     gpus_per_worker: Real = Field(default=0, ge=0)
     address: str = "local"
@@ -224,6 +227,17 @@ class ClusterConfig(Section):
     """How long a rank waits for the others in one collective."""
     start_timeout_s: Real = Field(default=120, gt=0)
     """How long to wait for the cluster to have the resources asked for."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise KeyConflict("min_workers", f"must not be above workers={self.workers}")
+        return self
+
+    @property
+    def world_sizes(self) -> range:
+        """Every number of ranks that the run may have."""
+        return range(self.min_workers or self.workers, self.workers + 1)
 
 
 class CheckpointConfig(Section):

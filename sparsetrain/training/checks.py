@@ -32,15 +32,16 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
 
     Args:
         config: The run.
-        world_size: Number of ranks; default cluster.workers.
+        world_size: Number of ranks; default: every one that cluster.min_workers and cluster.workers allow.
         on_progress: Called while token shards are built.
 
     Raises:
-        ConfigError: The batch or mesh does not fit the ranks, the engine's library is missing or contradicted, a rule matches no weight, a block does not divide one, a
-            query sees no key.
+        ConfigError: The batch or mesh does not fit the ranks, the engine's library is missing or contradicted, a rule
+            matches no weight, a block does not divide one, a query sees no key.
         DataError: A corpus or tokenizer is missing, damaged or does not match.
     """
-    check_world(config, world_size or config.cluster.workers)
+    for size in [world_size] if world_size else reversed(config.cluster.world_sizes):
+        check_world(config, size)
     require_deepspeed(config)
     check_attention(config)
     with torch.device("meta"):

@@ -2,6 +2,7 @@ import pytest
 
 from sparsetrain.cluster import resources
 from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
+from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
 
 
@@ -81,3 +82,10 @@ def test_waiting_ends_with_what_is_free(monkeypatch: pytest.MonkeyPatch, may_gro
     with pytest.raises(ClusterError, match=r"free are 1 CPU\..* to 1, .*cluster.start_timeout_s=5"):
         wait_for_cluster(Request(4, 1, 0), timeout_s=5, notify=lambda message: None)
     assert cluster.now == 5
+
+
+def test_an_elastic_run_needs_room_for_its_fewest_workers() -> None:
+    cluster = ClusterConfig(workers=4, min_workers=2, cpus_per_worker=1)
+    request = Request.from_config(cluster)
+    assert (request.workers, request.least.workers) == (4, 2)
+    assert Request.from_config(ClusterConfig(workers=4)).least.workers == 4

@@ -66,6 +66,16 @@ def test_the_ramp_must_be_shared_by_all_ranks_too(mistakes: Mistakes) -> None:
     assert "512 would do" in line
 
 
+def test_every_number_of_workers_that_may_come_to_be_must_fit(mistakes: Mistakes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(RUN)
+    run = load_config(tmp_path / "run.yaml", ["cluster.workers=2", "cluster.min_workers=1"])
+    assert list(run.cluster.world_sizes) == [1, 2]
+    (line,) = mistakes(RUN, "cluster.workers=4", "cluster.min_workers=2")
+    assert "8 samples of 256 tokens, which 3 ranks cannot share evenly" in line
+    (line,) = mistakes(RUN, "cluster.workers=2", "cluster.min_workers=3")
+    assert line == "override cluster.min_workers=3: must not be above workers=2"
+
+
 def test_torchrun_decides_the_number_of_ranks(mistakes: Mistakes) -> None:
     (line,) = mistakes(RUN, world_size=3)
 

