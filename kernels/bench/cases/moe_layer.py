@@ -2,13 +2,16 @@
 
 All hold the same weights (router and SwiGLU experts), drop no token, and agree on the output before they are timed;
 each has a process of its own, with torch's own settings. fp32 and bf16 name the dtype of weights and activations; with
-autocast, weights are float32 and products bf16. The note says what a call reaches of the matmul peak.
+autocast, weights are float32 and products bf16. The note says what a call reaches of the matmul peak, and by how much
+the bare matrix products of the experts, of the same shapes and into memory that is there, would beat the peer: no layer
+that runs torch's products can be faster than that.
 
 Hugging Face's batched_mm is left out: it copies the weights for every row, 34 GB of them here.
 """
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,6 +49,7 @@ def moe_layer(bench: Bench) -> Iterator[Row]:
             ours = start(our_step, precision)
             implementations = {name: start(hugging_face_step, precision, name) for name in ("grouped_mm", "eager")}
             name, hugging_face = fastest(implementations)
+            products = start(bare_products, precision)
             peers = {
                 f"transformers {transformers.__version__}, {name}": hugging_face,
                 f"deepspeed {deepspeed.__version__}": start(deepspeed_step, precision),
@@ -53,7 +57,7 @@ def moe_layer(bench: Bench) -> Iterator[Row]:
             for peer_name, peer in peers.items():
                 title = f"MoE layer {precision}"
                 row = bench.compare(title, ours=ours, peer=peer, peer_name=peer_name, target=AtLeast(bound))
-                yield _with_share_of_peak(row, precision)
+                yield _with_bounds(row, precision, products)
 
 
 def our_step(precision: str) -> Step:
@@ -112,6 +116,27 @@ def deepspeed_step(precision: str) -> Step:
     return _step(moe, output, precision)
 
 
+def bare_products(precision: str) -> Step:
+    """The matrix products of all experts, forward and backward, and nothing else; tokens spread evenly."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    rows, in_dim = TOKENS * TOP_K // NUM_EXPERTS, 2 * FFN_DIM
+    shapes = {"x": (rows, DIM), "h": (rows, in_dim), "a": (rows, FFN_DIM), "y": (rows, DIM)}
+    shapes |= {"w_in": (in_dim, DIM), "w_out": (DIM, FFN_DIM), "dw_in": (in_dim, DIM), "dw_out": (DIM, FFN_DIM)}
+    experts = [{name: torch.empty(shape, dtype=dtype).zero_() for name, shape in shapes.items()} for _ in range(NUM_EXPERTS)]
+
+    def step() -> None:
+        for of in experts:
+            torch.mm(of["x"], of["w_in"].mT, out=of["h"])
+            torch.mm(of["a"], of["w_out"].mT, out=of["y"])
+        for of in experts:
+            torch.mm(of["y"], of["w_out"], out=of["a"])
+            torch.mm(of["y"].mT, of["a"], out=of["dw_out"])
+            torch.mm(of["h"].mT, of["x"], out=of["dw_in"])
+            torch.mm(of["h"], of["w_in"], out=of["x"])
+
+    return step
+
+
 def _our_layer() -> "MoELayer":
     from sparsetrain.moe import MoELayer
 
@@ -144,11 +169,19 @@ def _step(module: nn.Module, output: Callable[[Tensor], Tensor], precision: str)
     return step
 
 
-def _with_share_of_peak(row: Row, precision: str) -> Row:
+def _with_bounds(row: Row, precision: str, products: Step) -> Row:
     from sparsetrain.planning.hardware import measured_matmul_peak
 
     flops = 3 * 2 * TOKENS * TOP_K * 3 * DIM * FFN_DIM
     peak = measured_matmul_peak(torch.device("cpu"), torch.float32 if precision == "fp32" else torch.bfloat16)
     ours, peer = flops / median(row.ours), flops / median(row.peer)
     note = f"{SHAPE}; {ours / 1e9:.0f} GFLOP/s, {ours / peak:.0%} of a measured matmul peak of {peak / 1e9:.0f}"
-    return replace(row, note=f"{note}; the peer reaches {peer / peak:.0%}")
+    bare = min(_seconds(products) for _ in range(len(row.ours) + 1))
+    note += f"; the peer reaches {peer / peak:.0%}; bare products {bare * 1e3:.0f} ms, {median(row.peer) / bare:.2f}x"
+    return replace(row, note=note)
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
