@@ -3,7 +3,7 @@
 import itertools
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
@@ -13,6 +13,21 @@ Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 Sparsity = Annotated[float, Strict(), Field(ge=0.0, lt=1.0)]
 
 _BLOCK = re.compile(r"^block\[\s*(\d+)\s*,\s*(\d+)\s*\]$")
+_GROUPS = re.compile(r"^(\d+):(\d+)$")
+MAX_GROUP = 64
+
+Method = Literal["static", "prune", "ste", "sr_ste", "mdgf", "sdgf", "bdwp", "transposable"]
+RECIPES: tuple[str, ...] = get_args(Method)[2:]
+"""Methods that train dense weights whose forward pass sees n of every m of them."""
+
+_BELONGS_TO = {
+    "refresh_every_steps": RECIPES,
+    "mask_decay": ("sr_ste", "transposable"),
+    "decay": ("mdgf",),
+    "decay_end": ("mdgf", "sdgf"),
+    "dense_tail": ("transposable",),
+}
+"""Keys that only some methods read."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,14 @@ class BlockShape:
 
     rows: int
     cols: int
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """n of every m consecutive inputs are kept."""
+
+    n: int
+    m: int
 
 
 class Uniform(Section):
@@ -110,25 +133,83 @@ class SparsityRule(Section):
     params: Annotated[tuple[str, ...], BeforeValidator(one_or_many), Field(min_length=1)]
     """Globs over parameter names; `.weight` may be left out. Embeddings, norms, biases and the head are matched only by
     a glob whose last part spells them out."""
-    method: Literal["static", "prune"]
-    """static: one mask for the whole phase (SPDF, arXiv 2303.10464). prune: masks that only ever lose weights."""
+    method: Method
+    """static: one mask for the whole phase (SPDF, arXiv 2303.10464). prune: masks that only ever lose weights. The
+    others train dense weights of which the forward pass sees n of every m. ste: straight through. sr_ste: and unseen
+    weights decay (2102.04010). mdgf, sdgf: the unseen fade out, or n falls (2402.04744). bdwp: n:m in the input
+    gradient too, along the outputs (2309.13015). transposable: 2:4 both ways, dense at the end (2404.01847)."""
     pattern: str = "unstructured"
-    """unstructured | block[rows,cols]"""
+    """unstructured | block[rows,cols] | n:m"""
     distribution: Distribution = Uniform()
     criterion: Literal["random", "magnitude"] | None = None
     """What decides which weights go; default random for static, magnitude for prune."""
     sparsity: Sparsity
-    """Share of zeros at the end."""
+    """Share of zeros at the end; may be left out where the pattern is n:m, which says it."""
     schedule: Schedule = Constant()
+    refresh_every_steps: Int | None = Field(default=None, gt=0)
+    """n:m methods: steps from one choice of masks to the next; default 1, for transposable 40."""
+    mask_decay: Annotated[float, Strict(), Field(ge=0.0, lt=1.0)] | None = None
+    """sr_ste, transposable: λ of λ(1−M)⊙W, which is added to the gradient; default 2e-4, for transposable 6e-5."""
+    decay: Literal["linear", "exponential"] | None = None
+    """mdgf: how the factor d of unseen weights falls from 1; default linear."""
+    decay_end: Annotated[float, Strict(), Field(gt=0.0, le=1.0)] | None = None
+    """mdgf, sdgf: fraction of the phase's steps from which the pattern itself holds; default .75 for mdgf, and for sdgf
+    what makes all its stages equally long."""
+    dense_tail: Sparsity | None = None
+    """transposable: last fraction of the phase's steps that is dense; default a sixth."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, data: Any) -> Any:
+        groups = _groups(data.get("pattern")) if isinstance(data, dict) and "sparsity" not in data else None
+        return data if groups is None else {**data, "sparsity": 1 - groups.n / groups.m}
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str) -> str:
-        if pattern != "unstructured":
+        if (found := _GROUPS.match(pattern)) and _groups(pattern) is None:
+            n, m = found.groups()
+            raise ValueError(
+                f"n:m keeps n={n} of every m={m} weights: choose 1 <= n < m <= {MAX_GROUP}, for example 2:4 or 1:8"
+            )
+        if pattern != "unstructured" and found is None:
             match = _BLOCK.match(pattern)
             if match is None or "0" in match.groups():
-                raise ValueError("expected unstructured or block[rows,cols], for example block[64,64]")
+                raise ValueError(
+                    "expected unstructured, n:m, for example 2:4, or block[rows,cols], for example block[64,64]"
+                )
         return pattern
+
+    @model_validator(mode="after")
+    def _method_fits_pattern(self) -> Self:
+        recipe, groups = self.method in RECIPES, self.groups
+        if recipe and groups is None:
+            raise KeyConflict("pattern", f"method={self.method} needs n:m, for example 2:4, not {self.pattern}")
+        if not recipe and groups is not None:
+            raise KeyConflict("pattern", f"{self.pattern} needs one of the methods {', '.join(RECIPES)}")
+        if self.method == "transposable" and self.pattern != "2:4":
+            raise KeyConflict("pattern", f"method=transposable has masks for 2:4 alone, not for {self.pattern}")
+        if groups is not None and abs(self.sparsity - (1 - groups.n / groups.m)) > 1e-6:
+            raise KeyConflict(
+                "sparsity", f"pattern={self.pattern} makes it {1 - groups.n / groups.m:.6g}; leave sparsity out"
+            )
+        for key, methods in _BELONGS_TO.items():
+            if getattr(self, key) is not None and self.method not in methods:
+                raise KeyConflict(key, f"only for method={' or '.join(methods)}, not {self.method}; remove it")
+        if self.method == "bdwp" and self.refreshed_every > 1:
+            raise KeyConflict("refresh_every_steps", "method=bdwp chooses its masks anew after every step; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_has_its_own_schedule(self) -> Self:
+        if self.method in RECIPES:
+            if not isinstance(self.schedule, Constant):
+                raise KeyConflict("schedule", f"method={self.method} has a schedule of its own; remove it")
+            if not isinstance(self.distribution, Uniform):
+                raise KeyConflict("distribution", f"pattern={self.pattern} is equal in all weights; remove it")
+            if self.criterion == "random":
+                raise KeyConflict("criterion", f"method={self.method} keeps the largest magnitudes; remove it")
+        return self
 
     @model_validator(mode="after")
     def _method_fits_schedule(self) -> Self:
@@ -155,6 +236,34 @@ class SparsityRule(Section):
         return BlockShape(int(match.group(1)), int(match.group(2))) if match else BlockShape(1, 1)
 
     @property
+    def groups(self) -> GroupShape | None:
+        """n:m; None for any other pattern."""
+        return _groups(self.pattern)
+
+    @property
+    def is_recipe(self) -> bool:
+        """Whether weights stay dense and only the forward pass sees fewer."""
+        return self.method in RECIPES
+
+    @property
+    def refreshed_every(self) -> int:
+        """Steps from one choice of n:m masks to the next, with the method's default filled in."""
+        return self.refresh_every_steps or (40 if self.method == "transposable" else 1)
+
+    @property
+    def decayed_by(self) -> float:
+        """λ of the decay of unseen weights, with the method's default filled in."""
+        default = {"sr_ste": 2e-4, "transposable": 6e-5}.get(self.method, 0.0)
+        return default if self.mask_decay is None else self.mask_decay
+
+    @property
     def scored_by(self) -> Literal["random", "magnitude"]:
         """The criterion, with the method's default filled in."""
         return self.criterion or ("random" if self.method == "static" else "magnitude")
+
+
+def _groups(pattern: Any) -> GroupShape | None:
+    """The n:m that a text says, if it can be."""
+    match = _GROUPS.match(pattern) if isinstance(pattern, str) else None
+    n, m = map(int, match.groups()) if match else (0, 0)
+    return GroupShape(n, m) if 1 <= n < m <= MAX_GROUP else None

@@ -14,7 +14,7 @@ from torch import nn
 from sparsetrain.config import InvalidConfig, Problem, SparsityRule
 from sparsetrain.config.origin import KeyPath
 from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules, whole_shape
-from sparsetrain.sparsity.patterns import pattern_of
+from sparsetrain.sparsity.patterns import misfit
 
 _HEADS = ("head", "lm_head")
 _DENSE_MODULES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -119,7 +119,7 @@ def _problems(rule: SparsityRule, where: KeyPath, mine: list[Parameter], every: 
     if not mine and not problems:
         message = "every weight that it matches belongs to an earlier rule; put this rule before it or remove it"
         problems.append(Problem((*where, "params"), message, value=list(rule.params)))
-    misfits = list(filter(None, (pattern_of(rule).misfit(parameter.name, parameter.shape) for parameter in mine)))
+    misfits = list(filter(None, (misfit(rule, parameter.name, parameter.shape) for parameter in mine)))
     if misfits:
         others = f" ({len(misfits) - 1} other weights do not fit either)" if len(misfits) > 1 else ""
         problems.append(Problem((*where, "pattern"), misfits[0] + others, value=rule.pattern))

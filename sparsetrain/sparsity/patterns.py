@@ -118,6 +118,33 @@ class Block:
         )
 
 
+@dataclass(frozen=True)
+class Groups:
+    """n of every m inputs of a matrix [outputs, inputs]; by some methods of every m outputs too."""
+
+    n: int
+    m: int
+    both_ways: bool
+
+    def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
+        """A matrix fits when m divides its inputs, and its outputs where groups lie along them too."""
+        if len(shape) == 2 and shape[1] % self.m == 0 and (not self.both_ways or shape[0] % self.m == 0):
+            return None
+        sizes = "both its dimensions" if self.both_ways else "its last dimension"
+        return (
+            f"m={self.m} does not divide {name} of shape {list(shape)}; choose a pattern n:m whose m divides {sizes}, "
+            "or leave this weight out"
+        )
+
+
+def misfit(rule: SparsityRule, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a rule's pattern cannot be that of a weight, with the fix; None where it can."""
+    if rule.groups is not None:
+        both_ways = rule.method in ("bdwp", "transposable")
+        return Groups(rule.groups.n, rule.groups.m, both_ways).misfit(name, shape)
+    return pattern_of(rule).misfit(name, shape)
+
+
 def pattern_of(rule: SparsityRule) -> Unstructured | Block:
     """The pattern that a rule asks for."""
     block = rule.block

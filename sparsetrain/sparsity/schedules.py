@@ -14,8 +14,8 @@ from sparsetrain.config.sparsity import Constant, Cubic, Geometric, Schedule, Sp
 class Timetable:
     """Sparsity as a step function of time.
 
-    `steps[i]` is the number of optimizer steps after which `sparsities[i]` begins to hold; both only grow. Before the
-    first entry nothing is zero.
+    `steps[i]` is the number of optimizer steps after which `sparsities[i]` begins to hold; both only grow, but that a
+    dense tail ends in 0. Before the first entry nothing is zero.
     """
 
     steps: tuple[int, ...]

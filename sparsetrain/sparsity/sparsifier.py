@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from sparsetrain.config.sparsity import Constant, SparsityRule
 from sparsetrain.errors import CheckpointError, ConfigError, ShardingError
 from sparsetrain.sharding import Move, WeightShard, on_move, weight_shards
+from sparsetrain.sparsity.forward_masks import ForwardMasks
 from sparsetrain.sparsity.matching import describe_parameters, match_rules
-from sparsetrain.sparsity.methods import METHODS, Method
+from sparsetrain.sparsity.methods import METHODS, Method, StraightThrough
 from sparsetrain.sparsity.schedules import Timetable
 from sparsetrain.sparsity.weights import SparseWeight, update_masks
 from sparsetrain.sparsity.windows import StepCosts, plan_timetables
@@ -57,7 +58,8 @@ class Sparsifier:
     After every step of the optimizer zeroed weights are exactly 0, in the optimizer's own copy too, and so are their
     moments; their gradient is 0 when the optimizer reads it. Masks are functions of the values, not of the layout:
     plain, `fully_shard`-ed and flat-partitioned weights with equal values get bitwise equal masks. Weights that move
-    between ranks take theirs along.
+    between ranks take theirs along. The n:m recipes are different: their weights stay dense and learn, and it is the
+    forward pass of their linear layers that sees `W ⊙ M`, from `attach` to `detach`; `fold` makes that the weight.
 
         sparsifier = Sparsifier([SparsityRule(params="*.ffn.*", method="static", sparsity=0.75)])
         sparsifier.attach(model, optimizer)
@@ -79,12 +81,8 @@ class Sparsifier:
         costs: StepCosts | None = None,
         hold: bool = False,
     ) -> None:
-        scheduled = [at for at, rule in enumerate(rules) if not isinstance(rule.schedule, Constant)]
-        if scheduled and total_steps is None and not hold:
-            raise ConfigError(
-                f"sparsity[{scheduled[0]}].schedule={rules[scheduled[0]].schedule.kind} is placed on a known number of "
-                "steps: pass total_steps to Sparsifier"
-            )
+        if total_steps is None and not hold:
+            _need_no_steps(rules)
         self.rules = tuple(rules)
         self.step = 0
         """Optimizer steps done in this phase."""
@@ -96,6 +94,7 @@ class Sparsifier:
         self._hold = hold
         self._weights: list[list[SparseWeight]] = [[] for _ in rules]
         self._methods: list[Method] = []
+        self._forward = ForwardMasks(nn.Module(), ())
         self._handles: list[RemovableHandle] = []
         self._zeroes_moments_each_step = True
         self._gradients_are_masked = False
@@ -153,6 +152,8 @@ class Sparsifier:
             for method, weights in zip(self._methods, self._weights, strict=True):
                 update_masks(weights, method.first_masks(weights), count_flips=False)
         self._zero_everything()
+        self._forward = ForwardMasks(model, self._recipes())
+        self._forward.refresh(0)
         self._handles = on_move(model, self._follow)
         if optimizer is not None:
             self._zeroes_moments_each_step = type(optimizer) not in _KEEPS_ZEROS
@@ -163,13 +164,24 @@ class Sparsifier:
         return self
 
     def detach(self) -> None:
-        """Stop following optimizer and moves. Weights stay as they are; nothing keeps the zeroed ones at 0 any more."""
+        """Stop following optimizer and moves. Weights stay as they are: nothing keeps the zeroed ones at 0 any more.
+
+        The forward pass sees all of the weights that recipes own again: see `fold`.
+        """
+        self._forward.remove()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
+    def fold(self) -> None:
+        """End the phase: weights of recipes become what the forward pass sees of them, and `detach`; collective."""
+        self._forward.fold()
+        self.detach()
+
     def mask_gradients(self) -> None:
         """Zero the gradient of zeroed weights, so that norms and clipping see what the optimizer will.
+
+        Recipes that add a decay to the gradient add it here, once a step.
 
         Call it after the backward pass, once gradients are summed over ranks; the optimizer's step then does not do it
         again. After a step that is not taken, call `after_step` if it counts, or this again for the next one.
@@ -178,6 +190,10 @@ class Sparsifier:
             method.see_gradients(weights)
         for weight in self._zeroed_in_parameter():
             weight.zero_gradient()
+        if self._forward:
+            for method, weights in zip(self._methods, self._weights, strict=True):
+                if isinstance(method, StraightThrough):
+                    method.add_to_gradients(weights)
         self._gradients_are_masked = True
 
     def after_step(self) -> None:
@@ -200,6 +216,8 @@ class Sparsifier:
             update_masks(weights, method.next_masks(weights, self.step))
         if due:
             self._zero_everything()
+        renewed = {id(method) for method, _ in due}
+        self._forward.refresh(self.step, lambda method: id(method) in renewed)
 
     @property
     def numel(self) -> int:
@@ -209,7 +227,7 @@ class Sparsifier:
     @property
     def nonzeros(self) -> int:
         """Of the weights that rules own, those that live."""
-        return sum(weight.nonzeros for weight in self._all())
+        return sum(weight.multiplied for weight in self._all())
 
     @property
     def density(self) -> float:
@@ -221,9 +239,23 @@ class Sparsifier:
         """Share of all mask entries that the latest mask updates changed."""
         return sum(weight.flips for weight in self._all()) / self.numel if self.numel else 0.0
 
+    @property
+    def sad(self) -> int:
+        """Sparse architecture divergence (arXiv 2102.04010): mask bits that the latest mask updates changed."""
+        return sum(weight.flips for weight in self._all())
+
     def densities(self) -> dict[str, float]:
-        """Density of each owned weight by parameter name."""
-        return {weight.shard.name: weight.nonzeros / weight.shard.global_numel for weight in self._all()}
+        """Density of each owned weight by parameter name, as the forward pass sees it."""
+        return {weight.shard.name: weight.multiplied / weight.shard.global_numel for weight in self._all()}
+
+    def weight_gradient_densities(self) -> dict[str, float]:
+        """By parameter name, the share of each owned weight whose gradient is computed: recipes let it flow."""
+        densities = self.densities()
+        free = {weight.shard.name: method for method, weight in self._recipes()}
+        return {
+            name: free[name].product_densities(density).weight_gradient if name in free else density
+            for name, density in densities.items()
+        }
 
     def report(self) -> list[LayerSparsity]:
         """Every owned weight, rule by rule and by name."""
@@ -232,7 +264,7 @@ class Sparsifier:
                 weight.shard.name,
                 rule,
                 weight.shard.global_numel,
-                weight.nonzeros,
+                weight.multiplied,
                 weight.flips / weight.shard.global_numel,
             )
             for rule, weights in enumerate(self._weights)
@@ -260,6 +292,7 @@ class Sparsifier:
                 )
         update_masks(weights, [masks[weight.shard.name] for weight in weights], count_flips=False)
         self._zero_everything()
+        self._forward.refresh(self.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the phase stands, in plain values; masks are kept apart, see `masks`."""
@@ -289,6 +322,7 @@ class Sparsifier:
         )
         for weight in self._all():
             weight.flips = state["flips"][weight.shard.name]
+        self._forward.follow(self._recipes(), self.step)
 
     def _follow(self, move: Move) -> None:
         """Take the masks of weights that have changed ranks along."""
@@ -316,7 +350,16 @@ class Sparsifier:
         return [
             weight
             for method, weights in zip(self._methods, self._weights, strict=True)
-            if method.zeros_in_parameter
+            if method.zeros_in_parameter or self._hold
+            for weight in weights
+        ]
+
+    def _recipes(self) -> list[tuple[StraightThrough, SparseWeight]]:
+        """What the forward pass masks; nothing where masks are only held, for the phase before has folded them."""
+        return [
+            (method, weight)
+            for method, weights in zip(self._methods, self._weights, strict=True)
+            if isinstance(method, StraightThrough) and not self._hold
             for weight in weights
         ]
 
@@ -343,3 +386,13 @@ class Sparsifier:
             return loss
 
         return (args[0], masked_closure, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
+
+
+def _need_no_steps(rules: Sequence[SparsityRule]) -> None:
+    """Refuse rules that are placed on a number of steps which nobody has told."""
+    for at, rule in enumerate(rules):
+        if not isinstance(rule.schedule, Constant) or rule.method in ("mdgf", "sdgf", "transposable"):
+            key = f"method={rule.method}" if rule.is_recipe else f"schedule={rule.schedule.kind}"
+            raise ConfigError(
+                f"sparsity[{at}].{key} is placed on a known number of steps: pass total_steps to Sparsifier"
+            )

@@ -24,12 +24,19 @@ class SparseWeight:
     """Weights that live, over the whole weight."""
     flips: int = 0
     """Mask entries that the latest mask update changed, over the whole weight."""
+    unseen_factor: float = 0.0
+    """What the forward pass multiplies weights with that the mask leaves out."""
 
     @classmethod
     def dense(cls, shard: WeightShard) -> "SparseWeight":
         """With nothing zeroed."""
         weight = shard.local_weight()
         return cls(shard, torch.full(weight.shape, -1, dtype=torch.int8, device=weight.device), shard.global_numel)
+
+    @property
+    def multiplied(self) -> int:
+        """Weights that the forward pass multiplies with: all of them while the others fade out."""
+        return self.shard.global_numel if self.unseen_factor else self.nonzeros
 
     @property
     def is_dense(self) -> bool:

@@ -17,6 +17,7 @@ from sparsetrain.config.sparsity import ErdosRenyiKernel, SparsityRule
 from sparsetrain.errors import ConfigError
 from sparsetrain.sparsity.distributions import erk_densities
 from sparsetrain.sparsity.matching import Parameter, match_rules
+from sparsetrain.sparsity.recipe_schedules import recipe_timetable
 from sparsetrain.sparsity.schedules import Timetable, anchors, changes, timetable
 
 _ROUNDS = 200
@@ -79,7 +80,7 @@ def plan_timetables(
     """
     fractions = [anchors(rule.schedule) for rule in rules]
     if not any(fractions):
-        return [timetable(rule, ()) for rule in rules]
+        return [_timetable(rule, (), total_steps) for rule in rules]
     if total_steps is None:
         raise ConfigError("a sparsity rule with a schedule needs the number of training steps: pass total_steps")
     costs = costs or StepCosts(flops_per_token={p.name: 2.0 * p.numel for mine in owned for p in mine})
@@ -105,8 +106,13 @@ def plan_timetables(
         share, last = share * (0.8 if farthest > 0.9 * last else 1.0), farthest
         places = [[at + share * move for at, move in zip(*row, strict=True)] for row in zip(places, moves, strict=True)]
     return [
-        timetable(rule, [math.floor(place + 0.5) for place in row]) for rule, row in zip(rules, places, strict=True)
+        _timetable(rule, [math.floor(place + 0.5) for place in row], total_steps)
+        for rule, row in zip(rules, places, strict=True)
     ]
+
+
+def _timetable(rule: SparsityRule, at: Sequence[int], total_steps: int | None) -> Timetable:
+    return recipe_timetable(rule, total_steps or 0) if rule.is_recipe else timetable(rule, at)
 
 
 def planned_densities(

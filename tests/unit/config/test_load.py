@@ -209,8 +209,8 @@ train:
         ),
         pytest.param(
             '"*.ffn.*"',
-            '"*.ffn.*"\n    pattern: 2:4',
-            "pattern = '2:4': expected unstructured or block[rows,cols]",
+            '"*.ffn.*"\n    pattern: blocks',
+            "pattern = blocks: expected unstructured, n:m, for example 2:4, or block[rows,cols]",
             id="pattern",
         ),
     ],
@@ -393,7 +393,8 @@ def test_sections_made_in_python_explain_themselves_too() -> None:
     assert str(rule.value).splitlines() == [
         "SparsityRule has 2 problems",
         "",
-        "method = prunee: expected one of static, prune; did you mean prune?",
+        "method = prunee: expected one of static, prune, ste, sr_ste, mdgf, sdgf, bdwp, transposable; "
+        "did you mean prune?",
         "sparsity = 2: must be below 1.0",
     ]
 

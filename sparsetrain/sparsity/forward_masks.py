@@ -1,0 +1,153 @@
+"""What recipes change in the forward pass: linear layers that see their weight through a mask.
+
+Masks live with the Sparsifier, which chooses them by the optimizer's weights; so they do not depend on mixed precision
+or sharding, and a checkpoint holds them. Layers keep their class, their parameters and their state dict.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsetrain.errors import ConfigError
+from sparsetrain.sharding import canonical_modules
+from sparsetrain.sparsity.gathering import whole_of
+from sparsetrain.sparsity.methods.recipe import StraightThrough
+from sparsetrain.sparsity.weights import SparseWeight
+
+
+class _SeenWeight(torch.autograd.Function):
+    """W ⊙ factor; the gradient of W is that of the product, times a factor of its own where there is one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, factor_OI: Tensor, flows_freely: bool) -> Tensor:
+        ctx.save_for_backward(*(() if flows_freely else (factor_OI,)))
+        return weight_OI * factor_OI
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_OI,) = gradients
+        return (gradient_OI * ctx.saved_tensors[0] if ctx.saved_tensors else gradient_OI), None, None
+
+
+class _TwoWeights(torch.autograd.Function):
+    """y = x Wᵀ with one weight, ∂L/∂x = ∂L/∂y W′ with another."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, forward_OI: Tensor, backward_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI, backward_OI)
+        return x_TI @ forward_OI.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient_TO,) = gradients
+        x_TI, backward_OI = ctx.saved_tensors
+        return gradient_TO @ backward_OI, gradient_TO.flatten(0, -2).T @ x_TI.flatten(0, -2), None
+
+
+@dataclass(eq=False)
+class SeenThroughMask:
+    """The forward pass of one linear layer."""
+
+    layer: nn.Linear
+    weight: SparseWeight
+    method: StraightThrough
+    factor_OI: Tensor | None = None
+    """What the whole weight is multiplied with: bool, or of the weight's dtype while unseen weights fade out."""
+    backward_OI: Tensor | None = None
+    """The mask of the input gradient, bool, where it is another."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = x (W ⊙ factor)ᵀ + b."""
+        layer, factor_OI = self.layer, self.factor_OI
+        assert factor_OI is not None, "the Sparsifier brings masks before the first step"
+        seen_OI = _SeenWeight.apply(layer.weight, factor_OI, self.method.gradient_flows_freely)  # type: ignore[no-untyped-call]
+        if self.backward_OI is None:
+            return F.linear(x, seen_OI, layer.bias)
+        other_OI = layer.weight.detach() * self.backward_OI
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, seen_OI, other_OI = x.to(dtype), seen_OI.to(dtype), other_OI.to(dtype)
+        y: Tensor = _TwoWeights.apply(x, seen_OI, other_OI)  # type: ignore[no-untyped-call]
+        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+
+    def refresh(self, step: int) -> None:
+        """Take over the mask as it is; collective where the weight is sharded."""
+        shard = self.weight.shard
+        mask_OI = whole_of(shard, self.weight.bits).bool()
+        self.weight.unseen_factor = unseen = self.method.unseen_factor(step)
+        master_OI = shard.local_master()
+        self.factor_OI = torch.where(mask_OI, 1.0, unseen).to(master_OI.dtype) if unseen else mask_OI
+        self.backward_OI = self.method.input_gradient_mask(whole_of(shard, master_OI))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Put what the forward pass sees into the weight, in the optimizer's copy too; collective."""
+        assert self.factor_OI is not None
+        local = self.weight.shard.cut(self.factor_OI)
+        kept, master = self.weight.shard.local_weight(), self.weight.shard.local_master()
+        for part in [kept] if kept.data_ptr() == master.data_ptr() else [kept, master]:
+            part.mul_(local.to(part.dtype).view(part.shape))
+
+
+class ForwardMasks:
+    """The layers of a model that see their weights through masks.
+
+    Args:
+        model: Plain, wrapped or sharded.
+        weights: What recipes own, with their methods.
+
+    Raises:
+        ConfigError: A weight is not that of an nn.Linear of its own.
+    """
+
+    def __init__(self, model: nn.Module, weights: Iterable[tuple[StraightThrough, SparseWeight]]) -> None:
+        users: dict[str, nn.Module] = {}
+        for path, module in canonical_modules(model):
+            if "weight" in dict(module.named_parameters(recurse=False)):
+                users[f"{path}.weight" if path else "weight"] = module
+        self._layers = [SeenThroughMask(_linear(users, method, weight), weight, method) for method, weight in weights]
+        for seen in self._layers:
+            seen.layer.__dict__["forward"] = seen  # before the class's method, after any wrapper's hooks
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    def refresh(self, step: int, due: Callable[[StraightThrough], bool] = lambda method: True) -> None:
+        """Take over masks and factors that hold once `step` steps are done; collective where weights are sharded."""
+        for seen in self._layers:
+            if due(seen.method) or seen.method.unseen_factor(step) != seen.weight.unseen_factor:
+                seen.refresh(step)
+
+    def follow(self, weights: Iterable[tuple[StraightThrough, SparseWeight]], step: int) -> None:
+        """Go on with other methods of the same weights, in the same order, and refresh; collective."""
+        for seen, (method, _) in zip(self._layers, weights, strict=True):
+            seen.method = method
+        self.refresh(step)
+
+    def fold(self) -> None:
+        """Make every weight what the forward pass sees of it."""
+        for seen in self._layers:
+            seen.fold()
+
+    def remove(self) -> None:
+        """Let the layers multiply with their whole weights again."""
+        for seen in self._layers:
+            if seen.layer.__dict__.get("forward") is seen:
+                del seen.layer.__dict__["forward"]
+        self._layers = []
+
+
+def _linear(users: dict[str, nn.Module], method: StraightThrough, weight: SparseWeight) -> nn.Linear:
+    name = weight.shard.name
+    layer = users.get(name)
+    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+        return layer
+    kind = "part of a stack of experts" if layer is None else f"the weight of a {type(layer).__name__}"
+    raise ConfigError(
+        f"sparsity.method={method.rule.method}: {name} is {kind}, and the method needs an nn.Linear; "
+        "give it a rule with method=static or prune before this one, or leave it out"
+    )
