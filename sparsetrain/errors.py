@@ -41,6 +41,10 @@ class TrainingError(SparsetrainError):
     """Training cannot go on: non-finite losses beyond the limit, or memory is exhausted."""
 
 
+class SparsityError(SparsetrainError):
+    """A sparse layer is asked for something that its weight or its pattern cannot be."""
+
+
 class PlacementError(SparsetrainError):
     """Experts, their replicas or a load trace do not fit the model or the devices."""
 
