@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsetrain_kernels import BlockLayout, block_sparse_attention
 from sparsetrain_kernels.block_layout import Dense, Local, Sink, Strided
-from sparsetrain_kernels.block_sparse_attention import cpu_rows
+from sparsetrain_kernels.block_sparse_attention import cpu, cpu_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsetrain.testing import assert_close
+from sparsetrain.testing import MemoryMeter, assert_close
 from tests.kernels.block_attention_cases import CALLS, Call, check, computed, expected
 
 CALL = Call(tokens=57)
@@ -238,6 +238,42 @@ def test_compiles_into_one_graph() -> None:
         results.append([value, *torch.autograd.grad(value, leaves)])
     for eager, compiled in zip(*results, strict=True):
         assert_close(compiled, eager)
+
+
+@pytest.mark.slow
+def test_the_compiler_makes_one_graph_of_it_and_its_neighbours() -> None:
+    call = Call(batch=1, tokens=40)
+    layout, (q, k, v, dout, _) = call.layout(), call.tensors(torch.float32)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = block_sparse_attention(q * 2, k, v.sin(), layout, causal=True, return_lse=True)
+        return (out.relu() * dout).sum() + lse.exp().sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        value = function(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_both_passes_keeps_to_its_formula(dtype: torch.dtype) -> None:
+    """The formula of `cpu`'s docstring, at a size where one matrix of scores would take several times as much."""
+    tokens, heads, dim = 2048, 4, 16
+    layout = BlockLayout.build(Strided(16) | Local(2), tokens, num_heads=heads)
+    visible = layout.visibility(1, tokens, tokens, causal=True)
+    q, k, v, dout = (torch.randn(1, tokens, heads, dim, dtype=dtype) for _ in range(4))
+    with MemoryMeter() as forward:
+        out, lse = cpu.forward(q, k, v, visible, 0.25)
+    with MemoryMeter() as backward:
+        cpu.backward(dout, None, q, k, v, out, lse, visible, 0.25)
+    blocks = 40 * int(layout.to_mask().sum())
+    assert forward.peak_bytes <= 6 * q.nbytes + 6 * 2**20 + blocks
+    assert backward.peak_bytes <= (9 + 8 / q.element_size()) * q.nbytes + 12 * 2**20 + blocks
+    assert max(forward.largest_bytes, backward.largest_bytes) <= 2**20 < tokens**2 * heads
+    assert forward.peak_bytes > 3 * q.nbytes  # it measures
 
 
 def test_package_imports_without_triton() -> None:

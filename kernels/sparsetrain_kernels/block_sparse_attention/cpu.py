@@ -5,6 +5,10 @@ number of their visible blocks; of equal ones, as many as fit the caches are com
 values are gathered side by side, so that a row's scores are one matrix, and the backward pass adds the gradients of
 gathered blocks to their places in a fixed order. Probabilities are not kept but computed again.
 
+Memory. No tensor has S·T entries. Beside the arguments, with X the bytes of q (or of k, if that is larger) and e those
+of an element: forward at most 6 X + 6 MiB, backward (9 + 8/e) X + 12 MiB, as dk and dv are summed in float32; and about
+40 bytes for each visible block. The MiB are what is computed together: 1 MiB of scores, or one row if that is more.
+
 Shapes: B samples, S queries, T keys, H query heads, K key/value heads, D head dim; R rows in one product, M queries of
 a row (of all its heads), P keys in its visible blocks.
 """
