@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -23,6 +24,7 @@ from sparsetrain.engines.deepspeed_config import deepspeed_config, require_deeps
 from sparsetrain.engines.optimizer import OptimizerGroup, adamw, optimizer_groups
 from sparsetrain.engines.torch_engine import TorchEngine
 from sparsetrain.engines.zero_partitions import ZeroPartitions, moments_reader, weights_in_parameters
+from sparsetrain.errors import ConfigError
 from sparsetrain.moe import moe_layers
 from sparsetrain.parallel import World, set_gradient_sync, store_parameters
 from sparsetrain.sharding import DescribesWeights, WeightShard, weight_modules, weight_shards
@@ -53,12 +55,13 @@ class DeepSpeedEngine(TorchEngine):
         # A stand-in: it holds no state, and DeepSpeed never steps it.
         stand_in = SGD([{"params": list(group.parameters)} for group in ours], lr=0.0)
         deepspeed = _import_deepspeed(self._world)
-        self._library, *_ = deepspeed.initialize(
-            model=_Shown(self._module, kept_apart, super()._autocast()),
-            optimizer=stand_in,
-            config=deepspeed_config(config),
-            dist_init_required=False,
-        )
+        with _overrides_blamed():
+            self._library, *_ = deepspeed.initialize(
+                model=_Shown(self._module, kept_apart, super()._autocast()),
+                optimizer=stand_in,
+                config=deepspeed_config(config),
+                dist_init_required=False,
+            )
         stage = config.parallel.zero_stage
         if stage == 3:
             # It gathers a module's weights for the backward pass when it sees the gradient of what the module returned;
@@ -180,6 +183,16 @@ class _Shown(nn.Module):
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             if id(parameter) not in self._kept_apart:
                 yield name, parameter
+
+
+@contextmanager
+def _overrides_blamed() -> Iterator[None]:
+    """What is generated fits DeepSpeed's schema, so it is an override that does not."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"engine_overrides.deepspeed: DeepSpeed does not take it: {wrong}") from None
 
 
 def _import_deepspeed(world: World) -> Any:

@@ -40,12 +40,16 @@ def max_seq_len(config: RunConfig) -> int:
     return max(phase.data.seq_len for phase in config.phases)
 
 
+def engine_of(config: RunConfig) -> type[TorchEngine]:
+    """The class of the config's engine."""
+    return {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[config.parallel.engine]
+
+
 def build_engine(config: RunConfig, world: World, tokenizer: Tokenizer) -> Engine:
     """The config's engine with a freshly initialised model, laid over the ranks."""
     rows = vocab_rows(config, tokenizer.vocab_size)
     total_steps = sum(plan.num_steps for plan in plan_phases(config))
-    engine = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[config.parallel.engine]
-    return engine(config, world, vocab_size=rows, max_seq_len=max_seq_len(config), total_steps=total_steps)
+    return engine_of(config)(config, world, vocab_size=rows, max_seq_len=max_seq_len(config), total_steps=total_steps)
 
 
 def check_expert_memory(config: RunConfig, world: World) -> None:

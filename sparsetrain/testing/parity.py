@@ -1,0 +1,181 @@
+"""Do all engines and layouts train alike? The same model on the same batches, and what differs after 20 steps.
+
+    python -m sparsetrain.testing.parity          # prints the table, on 2 and 4 gloo processes
+
+The first layout is the reference. Losses and gradient norms are compared step by step, in fp32; masks by a number that
+depends on every entry of every mask, also step by step, so masks that are equal everywhere are bitwise equal.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from sparsetrain.config import RunConfig
+from sparsetrain.data import Batch
+from sparsetrain.parallel import join_world
+from sparsetrain.sharding import WeightShard
+from sparsetrain.sparsity import Sparsifier
+from sparsetrain.sparsity.keys import random_keys
+from sparsetrain.testing.distributed import run_distributed
+from sparsetrain.training.setup import engine_of
+
+STEPS = 20
+_VOCABULARY, _SEQ_LEN, _SAMPLES, _MICRO_BATCH = 64, 16, 16, 2
+_CLIP = 0.5
+"""Below the gradient's norm, so that clipping does something in every step."""
+
+_ZERO = {f"deepspeed, ZeRO-{stage}": {"engine": "deepspeed", "zero": stage} for stage in range(4)}
+_FSSDP = {"experts": "fssdp", "fssdp": {"reshard_every_steps": 5, "replan": "always"}}
+
+LAYOUTS: dict[str, dict[str, Any]] = {"torch, DDP": {}, "torch, fully_shard": {"shard": "full"}, **_ZERO}
+"""What parallel says, by the name of the layout; the first is the reference."""
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = (
+    LAYOUTS
+    | {f"{name}, fssdp": parallel | _FSSDP for name, parallel in LAYOUTS.items()}
+    | {"deepspeed, ZeRO-3, ep": _ZERO["deepspeed, ZeRO-3"] | {"experts": "ep"}}
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A short training, step by step; the same on all ranks."""
+
+    loss: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+    """Before clipping."""
+    masks: tuple[int, ...]
+    """A number that every entry of every mask goes into; 0 where nothing is masked."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of a layout from the reference in any step."""
+
+    loss: float
+    grad_norm: float
+    """Relative."""
+    same_masks: bool
+
+    @classmethod
+    def between(cls, curve: Curve, reference: Curve) -> "Difference":
+        """Compare two trainings of equally many steps."""
+        norms = zip(curve.grad_norm, reference.grad_norm, strict=True)
+        return cls(
+            loss=max(abs(ours - theirs) for ours, theirs in zip(curve.loss, reference.loss, strict=True)),
+            grad_norm=max(abs(ours - theirs) / theirs for ours, theirs in norms),
+            same_masks=curve.masks == reference.masks,
+        )
+
+
+def model_config(kind: str) -> dict[str, Any]:
+    """The model, rules and layouts of a kind: dense, sparse or moe."""
+    model: dict[str, Any] = {"dim": 24, "num_layers": 2, "num_heads": 2, "ffn_dim": 40, "vocab_size": 257}
+    rule = {
+        "params": ["*.experts.*"] if kind == "moe" else ["*.attention.*", "*.ffn.*"],
+        "method": "prune",
+        "distribution": "global",
+        "sparsity": 0.75,
+        "schedule": {"kind": "cubic", "every_steps": 2},
+    }
+    if kind == "moe":
+        model["moe"] = {"num_experts": 8, "top_k": 2, "ffn_dim": 16, "aux_loss": 0.01, "z_loss": 0.001}
+    return {"model": model, "sparsity": [] if kind == "dense" else [rule]}
+
+
+def train_layouts(kind: str, layouts: Mapping[str, Mapping[str, Any]], steps: int = STEPS) -> dict[str, Curve]:
+    """Train a kind of model once for each layout, on the ranks of the process group that is there."""
+    return {name: train_layout(kind, parallel, steps) for name, parallel in layouts.items()}
+
+
+def train_layout(
+    kind: str, parallel: Mapping[str, Any], steps: int = STEPS, overrides: Mapping[str, Any] | None = None
+) -> Curve:
+    """Train from the same weights on the same batches, with `overrides` for DeepSpeed; collective."""
+    config = RunConfig.model_validate(
+        {
+            "name": "parity",
+            "data": {"seq_len": _SEQ_LEN},
+            "optimizer": {"lr": 1e-2, "grad_clip": _CLIP},
+            "train": {"tokens": steps * _SAMPLES * _SEQ_LEN, "batch_tokens": _SAMPLES * _SEQ_LEN},
+            "parallel": dict(parallel),
+            "engine_overrides": {"deepspeed": dict(overrides or {})},
+            **model_config(kind),
+        }
+    )
+    with join_world(config) as world:
+        engine = engine_of(config)(config, world, vocab_size=_VOCABULARY, max_seq_len=_SEQ_LEN, total_steps=steps)
+        sparsifier = Sparsifier(config.sparsity, total_steps=steps)
+        sparsifier.attach(engine.module, engine.optimizer, shards=engine.weight_shards())
+        losses, norms, masks = [], [], []
+        for step in range(steps):
+            losses.append(engine.forward_backward(_micro_batches(step, world.rank, world.size)).item())
+            sparsifier.mask_gradients()
+            norms.append(engine.clip(_CLIP).item())
+            engine.step(1e-2)
+            masks.append(_number_of(sparsifier.masks(), engine.weight_shards()))
+    return Curve(tuple(losses), tuple(norms), tuple(masks))
+
+
+def _micro_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
+    """A rank's share of a step's samples."""
+    generator = torch.Generator().manual_seed(step)
+    # Squared: some tokens are frequent, so there is something to learn.
+    samples_BS = (torch.rand(_SAMPLES, _SEQ_LEN + 1, generator=generator).square() * _VOCABULARY).long()
+    share = _SAMPLES // num_ranks
+    mine_BS = samples_BS[rank * share : (rank + 1) * share]
+    return [
+        Batch(part[:, :-1], part[:, 1:], torch.zeros_like(part[:, 1:], dtype=torch.int32), torch.arange(len(part)))
+        for part in torch.split(mine_BS, _MICRO_BATCH)
+    ]
+
+
+def _number_of(masks: Mapping[str, torch.Tensor], shards: Sequence[WeightShard]) -> int:
+    """Sum of a pseudo-random number of each zeroed weight, by its name and place in the whole; collective."""
+    total = torch.zeros((), dtype=torch.int64)
+    for shard in shards:
+        if shard.name in masks:
+            numbers = random_keys(0, shard.name, shard.global_indices())
+            part = numbers.long().masked_fill(masks[shard.name], 0).sum()
+            if shard.group is not None:
+                dist.all_reduce(part, group=shard.group)
+            total += part
+    return int(total)
+
+
+def compare(kind: str, world_size: int, layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, Difference]:
+    """Train a kind of model in all layouts over new gloo processes, and compare each with the first."""
+    curves = run_distributed(train_layouts, world_size, kind, layouts, timeout_s=300)[0]
+    reference = next(iter(curves.values()))
+    return {name: Difference.between(curve, reference) for name, curve in curves.items()}
+
+
+def available_layouts(kind: str) -> dict[str, dict[str, Any]]:
+    """The layouts of a kind of model whose libraries are installed."""
+    layouts = EXPERT_LAYOUTS if kind == "moe" else LAYOUTS
+    has_deepspeed = importlib.util.find_spec("deepspeed") is not None
+    return {name: parallel for name, parallel in layouts.items() if has_deepspeed or "engine" not in parallel}
+
+
+def main(world_sizes: Sequence[int] = (2, 4)) -> None:
+    """Print the table."""
+    table = Table(title=f"largest difference from {next(iter(LAYOUTS))} over {STEPS} steps, fp32")
+    for column in ("model", "ranks", "engine and layout", "loss", "gradient norm, relative", "masks"):
+        table.add_column(column)
+    for kind in ("dense", "sparse", "moe"):
+        for world_size in world_sizes:
+            for name, found in compare(kind, world_size, available_layouts(kind)).items():
+                same = "bitwise equal" if found.same_masks else "DIFFERENT"
+                cells = (f"{found.loss:.1e}", f"{found.grad_norm:.1e}", "-" if kind == "dense" else same)
+                table.add_row(kind, str(world_size), name, *cells)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main([int(size) for size in sys.argv[1:]] or (2, 4))
