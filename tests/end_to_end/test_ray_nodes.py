@@ -1,0 +1,134 @@
+"""Training across the nodes of a Ray cluster: four Ray nodes on this machine, three of which can hold workers."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from sparsetrain.cluster import run_on_ray
+from sparsetrain.config import RunConfig, load_config
+from sparsetrain.training import train
+from sparsetrain.training.events import CheckpointSaved, Event, Notice, RunStarted
+from sparsetrain.training.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own way to start nodes
+]
+
+CONFIG = Path(__file__).parents[2] / "configs" / "quick.yaml"
+STEPS = 6
+SMOOTH = "optimizer.eps=1e-3"
+"""Adam divides by the gradient's size: where that is all rounding, an eps far above it keeps it from being blown up."""
+SMALL = (
+    "train.phases=[]",
+    "train.eval_tokens=1Ki",
+    "train.eval_every_steps=100",
+    "sparsity=[]",
+    "data.seq_len=32",
+    SMOOTH,
+)
+MOE = (
+    "model.num_layers=1",
+    *("train.batch_tokens=384", f"train.tokens={STEPS * 384}", "train.micro_batch_size=12"),
+    "model.moe={num_experts: 12, top_k: 2, ffn_dim: 16}",
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=2)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def config_of(folder: Path, *overrides: str) -> RunConfig:
+    cache = f"data.cache={folder.parent / 'cache'}"
+    return load_config(CONFIG, [*SMALL, *overrides, f"output={folder}", cache])
+
+
+def run_and_watch(config: RunConfig, cluster: Cluster) -> list[Event]:
+    events: list[Event] = []
+    run_on_ray(config, address=cluster.address, reporter=events.append)
+    return events
+
+
+def losses(config: RunConfig) -> list[float]:
+    return [row["loss"] for row in read_metrics(Path(config.output))]
+
+
+def same_in_one_process(folder: Path, *overrides: str) -> list[float]:
+    config = config_of(folder, *overrides)
+    train(config)
+    return losses(config)
+
+
+def nodes_of_ranks(config: RunConfig, count: int) -> list[str]:
+    """What each rank's log says of its Ray node."""
+    logs = Path(config.output) / "logs"
+    return [
+        re.findall(r"^node (\w+), \S+$", (logs / f"worker-{rank}.log").read_text(), re.M)[-1] for rank in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("experts", "layout", "nodes"),
+    [
+        # A worker that asks for both CPUs of a node has it alone.
+        pytest.param("ep", ("cluster.workers=3", "cluster.cpus_per_worker=2"), [1, 1, 1], id="ep-on-three-nodes"),
+        pytest.param("fssdp", ("cluster.workers=4", "cluster.cpus_per_worker=1"), [2, 2], id="fssdp-two-a-node"),
+    ],
+)
+def test_experts_over_nodes_have_the_losses_of_one_process(
+    cluster: Cluster, tmp_path: Path, experts: str, layout: tuple[str, ...], nodes: list[int]
+) -> None:
+    expected = same_in_one_process(tmp_path / "alone", *MOE)
+    config = config_of(tmp_path / "run", *MOE, f"parallel.experts={experts}", *layout)
+    events = run_and_watch(config, cluster)
+    assert len(expected) == STEPS
+    assert losses(config) == pytest.approx(expected, rel=5e-6)
+    placed = nodes_of_ranks(config, config.cluster.workers)
+    groups = [node for at, node in enumerate(placed) if at == 0 or placed[at - 1] != node]
+    assert len(groups) == len(set(groups)), "the ranks of a node follow one another"
+    assert [placed.count(node) for node in groups] == nodes, "workers are packed"
+    (told,) = [event.message for event in events if isinstance(event, Notice) and "connected" in event.message]
+    assert re.search(rf"^{len(placed)} ranks on {len(nodes)} nodes \({nodes[0]} on .*\), connected over \S+$", told)
+
+
+def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_path: Path) -> None:
+    dense = ("train.batch_tokens=256", "train.tokens=7680", "checkpoint.every_steps=5")
+    expected = same_in_one_process(tmp_path / "alone", *dense)
+    config = config_of(tmp_path / "run", *dense, "cluster.workers=2")
+    events: list[Event] = []
+    killed: list[str] = []
+
+    def watch(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, CheckpointSaved) and not killed:
+            killed.append(nodes_of_ranks(config, 1)[0])
+            (node,) = [node for node in cluster.worker_nodes if node.node_id == killed[0]]
+            cluster.remove_node(node, allow_graceful=False)
+
+    summary: dict[str, Any] = run_on_ray(config, address=cluster.address, reporter=watch)
+    (warning,) = [event.message for event in events if isinstance(event, Notice) and event.level == "warning"]
+    assert re.search(r"worker rank \d (died|was on a node that died|lost its connection)", warning)
+    resumed = [event.resumed_from_step for event in events if isinstance(event, RunStarted)]
+    before = events[: events.index(Notice(warning, "warning"))]
+    saved = [event.step for event in before if isinstance(event, CheckpointSaved)]
+    assert resumed[0] is None
+    assert resumed[1] is not None
+    assert resumed[1] >= saved[-1], "no step is lost that was saved"
+    assert killed[0] not in nodes_of_ranks(config, 2)
+    assert losses(config) == pytest.approx(expected, rel=5e-6)
+    assert summary["final_loss"] == pytest.approx(expected[-1], rel=5e-6)
