@@ -12,9 +12,11 @@ from sparsetrain.report.expert_load import LOAD_PLOT_FILE
 from sparsetrain.report.plot import PLOT_FILE
 from sparsetrain.training.formatting import MISSING, duration, number, percent, quantity, scaled
 from sparsetrain.training.metrics import read_metrics
+from sparsetrain.training.run_folder import ATTENTION_PLOT_FILE
 from sparsetrain.training.summary import ExpertSummary, PhaseSummary, RunSummary, StepTimes
 
 _SAMPLE_LINES = 16
+_PICTURES = (("losses", PLOT_FILE), ("load of experts", LOAD_PLOT_FILE), ("who sees what", ATTENTION_PLOT_FILE))
 
 
 def print_summary(folder: Path, console: Console) -> None:
@@ -38,7 +40,7 @@ def print_summary(folder: Path, console: Console) -> None:
         console.print(Padding(Text(_excerpt(summary.sample), style="cyan"), (0, 0, 0, 3)))
     console.print()
     where = Text.assemble((" run folder      ", "dim"), (str(folder), "bold"))
-    for what, name in (("losses", PLOT_FILE), ("load of experts", LOAD_PLOT_FILE)):
+    for what, name in _PICTURES:
         if (folder / name).exists():
             where.append(f"\n {what:<16}{folder / name}", style="dim")
     console.print(where, soft_wrap=True)

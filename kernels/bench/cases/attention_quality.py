@@ -15,7 +15,7 @@ from typing import Any
 from bench.registry import Bench, Row, case
 from sparsetrain.config import RunConfig
 
-SEQ_LEN, BATCH_TOKENS, STEPS = 2048, 4096, 48
+SEQ_LEN, BATCH_TOKENS, STEPS = 2048, 4096, 32
 _NEAR = {"kind": "local", "width": 2}
 _ATTENTIONS: dict[str, list[dict[str, Any]] | None] = {
     "dense": None,
@@ -71,7 +71,7 @@ def _config(output: Path, name: str, seed: int, steps: int) -> RunConfig:
     attention = "dense" if heads is None else {"kind": "block_sparse", "heads": heads, "layers": [1, 2, 3]}
     return RunConfig.model_validate(
         {
-            "name": name,
+            "name": name.replace(" + ", "-"),
             "seed": seed,
             "model": {"dim": 128, "num_layers": 4, "num_heads": 8, "ffn_dim": 384, "attention": attention},
             "data": {

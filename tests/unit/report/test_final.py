@@ -119,6 +119,8 @@ def test_run_that_has_not_finished_says_so(make_run, console):
 def test_what_sparse_attention_saves_is_told_apart_from_zeros(make_run, make_summary, console):
     folder = make_run(("main", 3), dense=True)
     make_summary(dense_train_flops=9e13, train_flops=9e13, attention_flops_saved=1e13).save(folder)
+    (folder / "attention_layouts.png").touch()
     lines = printed(folder, console)
     assert "sparse attention saves 10.0 % of the 100T FLOPs with dense attention" in lines
+    assert f"who sees what {folder / 'attention_layouts.png'}" in lines
     assert "seconds saved, measured none: no weight was zero" in lines
