@@ -126,6 +126,8 @@ class MoeConfig(Section):
     def _fits(self) -> Self:
         if self.top_k > self.num_experts:
             raise KeyConflict("top_k", f"a token cannot use more experts than num_experts={self.num_experts}")
+        if self.overflow != "drop" and self.capacity_factor is None:
+            raise KeyConflict("overflow", "nothing overflows without a capacity_factor; set one, or remove this key")
         kind = self.router.kind
         if self.aux_loss and kind in _CANNOT_BALANCE:
             raise KeyConflict("aux_loss", f"the load of router={kind} is not learned; remove this key")

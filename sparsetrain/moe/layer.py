@@ -208,3 +208,5 @@ def _check(num_experts: int, shared_experts: int, capacity_factor: float | None,
         raise MoeError(f"capacity_factor = {capacity_factor}: must be above 0; None drops nothing")
     if overflow not in ("drop", "pad"):
         raise MoeError(f"overflow = {overflow}: expected drop or pad")
+    if overflow == "pad" and capacity_factor is None:
+        raise MoeError("overflow = pad: nothing overflows without a capacity_factor; set one")

@@ -5,7 +5,7 @@ counted (they add well under a percent, and no published figure counts them). Th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from math import prod
 
@@ -96,8 +96,8 @@ def _share(name: str, shares: Mapping[str, Fraction]) -> Fraction:
 class ModelFlops:
     """What one token costs at a given sample length, by part; forward, in FLOPs a token.
 
-    Of E experts a token pays top_k: what routers expect, which do not fix the number, and what it is without a limit on
-    capacity. A dense-to-sparse gate begins with more.
+    Of E experts a token pays top_k. Where routers do not fix the number, or capacity does not suffice for it, the load
+    of a step tells what was paid: see `with_experts_per_token`.
     """
 
     linear: Mapping[str, float]
@@ -112,6 +112,8 @@ class ModelFlops:
     """The output head, dense."""
     head_name: str
     """Parameter that the head multiplies with; the embedding where they are tied."""
+    experts_per_token: int = 0
+    """top_k, summed over all MoE layers."""
 
     @classmethod
     def of(cls, model: nn.Module, seq_len: int) -> "ModelFlops":
@@ -138,7 +140,16 @@ class ModelFlops:
             dense_attention=2 * config.num_layers * 2.0 * config.dim * (seq_len + 1) / 2,
             head=2.0 * prod(shapes[head_name]),
             head_name=head_name,
+            experts_per_token=sum(layer.router.top_k for _, layer in moe_layers(model)),
         )
+
+    def with_experts_per_token(self, mean: float) -> "ModelFlops":
+        """The same for tokens that used so many experts in the mean, summed over all MoE layers."""
+        if mean == self.experts_per_token:
+            return self
+        factor = mean / self.experts_per_token
+        linear = {name: flops * factor if ".experts." in name else flops for name, flops in self.linear.items()}
+        return replace(self, linear=linear)
 
     @property
     def num_linear_parameters(self) -> int:
@@ -164,9 +175,22 @@ class ModelFlops:
         """FLOPs of forward and backward pass that dense attention would take on top."""
         return _BACKWARD_AND_FORWARD * (self.dense_attention - self.attention)
 
-    def train_per_token(self, densities: Mapping[str, float] | None = None) -> float:
-        """FLOPs of forward and backward pass, zeros not counted."""
-        return _BACKWARD_AND_FORWARD * self.forward_per_token(densities)
+    def train_per_token(
+        self,
+        densities: Mapping[str, float] | None = None,
+        *,
+        weight_gradient_densities: Mapping[str, float] | None = None,
+    ) -> float:
+        """FLOPs of forward and backward pass, zeros not counted.
+
+        Args:
+            densities: Share of non-zeros by parameter name, which the forward pass and the gradient of the input
+                multiply with; a name that is missing is dense.
+            weight_gradient_densities: Share of each weight's gradient that is computed; default: `densities`. n:m
+                recipes let the gradient of what they do not see flow.
+        """
+        backward = densities if weight_gradient_densities is None else weight_gradient_densities
+        return 2 * self.forward_per_token(densities) + self.forward_per_token(backward)
 
 
 def spdf_flops(

@@ -39,6 +39,11 @@ class MoEReport:
     """Whether experts changed owners after the step."""
 
     @property
+    def computed(self) -> int:
+        """Assignments that were served, all layers."""
+        return sum(int(load_E.sum()) for load_E in self.load_LE) - self.dropped
+
+    @property
     def expert_imbalance(self) -> float:
         """Load of the fullest expert over the mean, in the layer where that is largest."""
         return max((float(load_E.max() / max(load_E.mean(), 1.0)) for load_E in self.load_LE), default=1.0)

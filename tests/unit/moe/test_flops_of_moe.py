@@ -75,3 +75,16 @@ def test_parameters_are_counted_whole_though_a_token_pays_for_a_share():
     counts = parameter_counts(meta_model(LLAMA))
     assert flops.num_linear_parameters == counts.attention + counts.ffn + counts.moe + counts.router
     assert flops.train_per_token({gate: 0.5}) == flops.train_per_token() - 3 * 0.5 * flops.linear[gate]
+
+
+def test_tokens_that_use_another_number_of_experts_pay_for_that():
+    flops = ModelFlops.of(meta_model(LLAMA), 128)
+    expert = 2 * 3 * 64 * 96
+    assert flops.with_experts_per_token(2.0) is flops
+    assert flops.with_experts_per_token(1.5).forward_per_token() == pytest.approx(
+        flops.forward_per_token() - expert / 2
+    )
+    half = {name: 0.5 for name in flops.linear if ".experts." in name}
+    more = flops.with_experts_per_token(6.0)
+    assert more.forward_per_token(half) == pytest.approx(flops.forward_per_token() + expert)
+    assert more.num_linear_parameters == flops.num_linear_parameters

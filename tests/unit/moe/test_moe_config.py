@@ -37,6 +37,7 @@ def test_a_dense_model_has_no_moe_layers():
     ("moe", "message"),
     [
         ({"top_k": 5}, "moe.top_k = 5: a token cannot use more experts than num_experts=4"),
+        ({"overflow": "pad"}, "moe.overflow = pad: nothing overflows without a capacity_factor"),
         ({"num_experts": 0}, "moe.num_experts = 0: must be above 0"),
         ({"layers": [0, 4]}, "moe.layers = [0, 4]: there is no layer 4; num_layers=4, counted from 0"),
         ({"layers": [-1]}, "moe.layers.0 = -1: must be at least 0"),
