@@ -4,6 +4,7 @@ from sparsetrain_kernels.block_layout import BlockLayout
 from sparsetrain_kernels.block_sparse_attention import block_sparse_attention
 from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.expert_ffn import expert_ffn, expert_ffn_backward, expert_ffn_forward, moe_ffn
+from sparsetrain_kernels.grouped_mm import grouped_mm
 from sparsetrain_kernels.nm_linear import NMLinear, NMPattern, NMSelection, nm_linear
 from sparsetrain_kernels.permute import permute, sort_by_expert, unpermute
 
@@ -18,6 +19,7 @@ __all__ = [
     "expert_ffn",
     "expert_ffn_backward",
     "expert_ffn_forward",
+    "grouped_mm",
     "moe_ffn",
     "nm_linear",
     "permute",

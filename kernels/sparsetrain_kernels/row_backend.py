@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 RowBackend = Literal["triton", "torch"]
@@ -16,7 +17,7 @@ def runs_triton(like: Tensor) -> bool:
     """Whether Triton computes with this tensor: on a GPU, unless it is float64, which its products do not have."""
     if _forced is not None:
         return _forced == "triton"
-    return like.is_cuda and like.itemsize <= 4 and find_spec("triton") is not None
+    return like.is_cuda and like.dtype != torch.float64 and find_spec("triton") is not None
 
 
 @contextmanager

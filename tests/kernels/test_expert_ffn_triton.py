@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsetrain_kernels import expert_ffn, moe_ffn, permute, unpermute
+from sparsetrain_kernels import expert_ffn, moe_ffn, permute, sort_by_expert, unpermute
 from sparsetrain_kernels.expert_ffn import reference
 from sparsetrain_kernels.row_backend import force_rows
 from torch import Tensor
@@ -126,6 +126,23 @@ def test_permute_and_unpermute_equal_plain_torch(
 
 
 @on_both
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts"),
+    [(1000, 2, 8), (37, 3, 5), (100, 1, 1), (500, 8, 300), (0, 2, 4)],
+    ids=["several-blocks", "odd", "one-expert", "many-experts", "no-tokens"],
+)
+def test_assignments_are_sorted_as_torch_sorts_them(
+    device: str, num_tokens: int, top_k: int, num_experts: int, poisoned_memory: None
+) -> None:
+    expert_TK = torch.randint(num_experts, (num_tokens, top_k), generator=torch.Generator().manual_seed(0)).to(device)
+    ours = sort_by_expert(expert_TK, num_experts)
+    with force_rows("torch"):
+        theirs = sort_by_expert(expert_TK, num_experts)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    torch.library.opcheck(torch.ops.sparsetrain.sort_by_expert.default, (expert_TK, num_experts))
+
+
+@on_both
 def test_equal_calls_give_bitwise_equal_results(device: str) -> None:
     case = Case([40, 0, 61], "swiglu", bias=False, num_tokens=50, dim=64, ffn_dim=96)
     inputs, dy_TD = case.inputs(torch.float32), random(50, 64, seed=5)
@@ -185,9 +202,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from sparsetrain_kernels.expert_ffn import triton as host, triton_kernels as kernels
-from sparsetrain_kernels.permute import triton as rows
+from sparsetrain_kernels.permute import triton_kernels as rows
 
 TYPES = {"ends_ptr": "*i32", "token_ptr": "*i64", "row_ptr": "*i64", "first_ptr": "*i64", "weight_ptr": "*fp32"}
+TYPES |= {"expert_ptr": "*i64", "counts_ptr": "*i64"}
 TYPES |= {"dweight_ptr": "*fp32", "bias_ptr": "*fp32", "bias_out_ptr": "*fp32"}
 
 def build(kernel, pointer, constants):
@@ -212,8 +230,11 @@ for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
     build(kernels.hidden_gradient_kernel, pointer, tiles | {"GATED": True})
     build(kernels.product_kernel, pointer, tiles)
     build(kernels.weight_gradient_kernel, pointer, host._outer_tiles(like) | products)
-    for kernel in (rows._gather_kernel, rows._combine_kernel, rows._combine_backward_kernel):
+    for kernel in (rows.gather_kernel, rows.combine_kernel, rows.combine_backward_kernel):
         build(kernel, pointer, {"BLOCK_D": 1024})
+TYPES |= {name: "*i64" for name in ("first_ptr", "token_ptr", "row_ptr")}
+build(rows.count_kernel, "*i64", {"BLOCK_A": 64, "E_PADDED": 64})
+build(rows.place_kernel, "*i64", {"TOP_K": 2, "BLOCK_A": 64, "E_PADDED": 64})
 """
 
 
@@ -223,5 +244,5 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 16, done.stderr
+    assert len(lines) == 18, done.stderr
     assert all(line.endswith("True True") for line in lines), done.stdout

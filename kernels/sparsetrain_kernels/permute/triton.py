@@ -1,13 +1,13 @@
 """Permutation on a GPU in Triton: each row or token is written by one program, which adds in the order of rows.
 
-Shapes: T tokens, R rows, D model dim.
+Nothing waits for the host. Shapes: T tokens, R rows, D model dim, A assignments, E experts, B blocks of assignments.
 """
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from sparsetrain_kernels.permute import triton_kernels as kernels
 from sparsetrain_kernels.permute.order import rows_by_token
 
 
@@ -17,7 +17,7 @@ def gather(x_TD: Tensor, token_R: Tensor) -> Tensor:
     if out_RD.numel() > 0:
         block = _block(x_TD)
         programs = len(token_R), triton.cdiv(x_TD.shape[1], block)
-        _gather_kernel[programs](x_TD, token_R, out_RD, x_TD.shape[1], BLOCK_D=block)
+        kernels.gather_kernel[programs](x_TD, token_R, out_RD, x_TD.shape[1], BLOCK_D=block)
     return out_RD
 
 
@@ -28,7 +28,7 @@ def combine(y_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, num_tokens: 
     if out_TD.numel() > 0:
         block = _block(y_RD)
         programs = num_tokens, triton.cdiv(y_RD.shape[1], block)
-        _combine_kernel[programs](y_RD, weight_R, row_R, first_T, out_TD, y_RD.shape[1], BLOCK_D=block)
+        kernels.combine_kernel[programs](y_RD, weight_R, row_R, first_T, out_TD, y_RD.shape[1], BLOCK_D=block)
     return out_TD
 
 
@@ -36,47 +36,41 @@ def combine_backward(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Ten
     """Gradients of `combine` by rows, in their dtype, and by weights, in theirs."""
     dy_RD, dweight_R = torch.empty_like(y_RD), torch.empty_like(weight_R)
     if len(token_R) > 0:
-        _combine_backward_kernel[len(token_R),](
+        kernels.combine_backward_kernel[len(token_R),](
             dy_TD, y_RD, weight_R, token_R, dy_RD, dweight_R, y_RD.shape[1], BLOCK_D=_block(y_RD)
         )
     return dy_RD, dweight_R
 
 
+def rows_of_assignments(expert_A: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each assignment goes when they are ordered by expert, and then as they are.
+
+    Args:
+        expert_A: Integers in [0, E).
+        num_experts: E.
+        top_k: How many assignments in a row belong to a token.
+
+    Returns:
+        token_R: int64 [A], the token of each row.
+        row_A: int64, the row of each assignment.
+        counts_E: int64, rows of each expert.
+    """
+    padded = triton.next_power_of_2(max(num_experts, 2))
+    block = max(16, 4096 // padded)
+    num_blocks = triton.cdiv(len(expert_A), block)
+    counts_BE = expert_A.new_empty(num_blocks, num_experts, dtype=torch.int64)
+    token_R, row_A = (expert_A.new_empty(len(expert_A), dtype=torch.int64) for _ in range(2))
+    sizes = {"BLOCK_A": block, "E_PADDED": padded}
+    if num_blocks > 0:
+        kernels.count_kernel[num_blocks,](expert_A, counts_BE, len(expert_A), num_experts, **sizes)
+    counts_E = counts_BE.sum(0)
+    first_BE = (counts_E.cumsum(0) - counts_E) + (counts_BE.cumsum(0) - counts_BE)
+    if num_blocks > 0:
+        kernels.place_kernel[num_blocks,](
+            expert_A, first_BE, token_R, row_A, len(expert_A), num_experts, TOP_K=top_k, **sizes
+        )
+    return token_R, row_A, counts_E
+
+
 def _block(x: Tensor) -> int:
     return min(1024, int(triton.next_power_of_2(max(x.shape[1], 1))))
-
-
-@triton.jit
-def _gather_kernel(x_ptr, token_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + tl.load(token_ptr + row).to(tl.int64) * D + d, mask=d < D)
-    tl.store(out_ptr + row * D + d, x, mask=d < D)
-
-
-@triton.jit
-def _combine_kernel(y_ptr, weight_ptr, row_ptr, first_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for place in range(tl.load(first_ptr + token), tl.load(first_ptr + token + 1)):
-        row = tl.load(row_ptr + place).to(tl.int64)
-        y = tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + row).to(tl.float32)
-        total += y
-    tl.store(out_ptr + token * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def _combine_backward_kernel(dy_ptr, y_ptr, weight_ptr, token_ptr, dy_rows_ptr, dweight_ptr, D, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(token_ptr + row).to(tl.int64)
-    weight = tl.load(weight_ptr + row).to(tl.float32)
-    products = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        dy = tl.load(dy_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
-        products += dy * tl.load(y_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(dy_rows_ptr + row * D + d, (dy * weight).to(dy_rows_ptr.dtype.element_ty), mask=d < D)
-    tl.store(dweight_ptr + row, tl.sum(products, 0).to(dweight_ptr.dtype.element_ty))
