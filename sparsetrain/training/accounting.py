@@ -25,11 +25,11 @@ class Accountant:
     def __init__(self, sparsity: Sparsifier, flops: ModelFlops, train: TrainConfig, peak_flops: float) -> None:
         self._sparsity = sparsity
         self._flops = flops
-        self._recomputed_per_token = flops.layers_forward_per_token() if train.activation_checkpointing else 0.0
+        self._recomputes = train.activation_checkpointing
         self._peak_flops = peak_flops
         self._meter = Throughput()
         # Masks change after a step: what the next one multiplies with is noted when this one is over.
-        self._densities = sparsity.densities()
+        self._densities, self._gradient_densities = sparsity.densities(), sparsity.weight_gradient_densities()
         self._nonzero_parameters = self._nonzero_linear_parameters()
 
     def paused(self) -> AbstractContextManager[None]:
@@ -39,20 +39,26 @@ class Accountant:
     def count(self, plan: PhasePlan, state: RunState, result: StepResult) -> dict[str, Any]:
         """Add a step to the phase's sums in `state`; returns its row of metrics.jsonl."""
         # With masks on dense kernels every zero is multiplied: what is executed is the dense model.
-        model_flops = self._flops.train_per_token() * result.num_tokens
+        flops = self._flops
+        if result.experts is not None:
+            flops = flops.with_experts_per_token(result.experts.computed / result.num_tokens)
+        model_flops = flops.train_per_token() * result.num_tokens
+        recomputed_flops = flops.layers_forward_per_token() * result.num_tokens if self._recomputes else 0.0
         seconds = self._meter.step_done(result.num_tokens, model_flops)
         totals = state.current
         totals.steps += 1
         totals.tokens += result.num_tokens
         totals.seconds += seconds
         totals.density = self._sparsity.density
-        totals.train_flops += self._flops.train_per_token(self._densities) * result.num_tokens
+        sparse_flops = flops.train_per_token(self._densities, weight_gradient_densities=self._gradient_densities)
+        totals.train_flops += sparse_flops * result.num_tokens
         totals.model_flops += model_flops
-        totals.executed_flops += model_flops + self._recomputed_per_token * result.num_tokens
+        totals.executed_flops += model_flops + recomputed_flops
         totals.dense_train_flops += model_flops
-        totals.attention_flops_saved += self._flops.attention_saved_per_token * result.num_tokens
+        totals.attention_flops_saved += flops.attention_saved_per_token * result.num_tokens
         totals.nonzero_steps += self._nonzero_parameters
         self._densities = totals.layer_density = self._sparsity.densities()
+        self._gradient_densities = self._sparsity.weight_gradient_densities()
         self._nonzero_parameters = self._nonzero_linear_parameters()
         state.final_loss = result.loss if result.is_finite else None
         row = {
@@ -68,7 +74,7 @@ class Accountant:
             "step_time_s": seconds,
         }
         if self._sparsity.masks_changed:
-            row["flip_rate"] = self._sparsity.flip_rate
+            row |= {"flip_rate": self._sparsity.flip_rate, "sad": self._sparsity.sad}
         if result.experts is not None:
             row |= expert_figures(result)
         if state.bad_steps:
