@@ -9,11 +9,15 @@ A case is a generator of rows, in its own file under `cases/`:
 Import a peer inside the function and raise `Unavailable` when it is missing: the other cases still run.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.measure import Interval, interleave, median_interval, ratio_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Unavailable(Exception):
@@ -71,6 +75,8 @@ class Row:
     unit: str = "s"
     """Unit of the samples; "" for a plain number."""
     note: str = ""
+    details: Mapping[str, float | str] = field(default_factory=dict)
+    """Further columns of the CSV, the same in all rows of a case; its plots are drawn from them."""
 
     @property
     def figure(self) -> Interval:
@@ -126,6 +132,8 @@ class Bench:
 
 
 CaseFunction = Callable[[Bench], Iterable[Row]]
+Plots = Callable[[Sequence[Row]], "Mapping[str, Figure]"]
+"""Draws a case's rows: figures by the name that their files get."""
 
 
 @dataclass(frozen=True)
@@ -136,18 +144,21 @@ class Case:
     title: str
     rows: CaseFunction
     devices: tuple[str, ...]
+    plots: Plots | None = None
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, title: str, devices: tuple[str, ...] = ("cpu",)) -> Callable[[CaseFunction], CaseFunction]:
+def case(
+    name: str, title: str, devices: tuple[str, ...] = ("cpu",), plots: Plots | None = None
+) -> Callable[[CaseFunction], CaseFunction]:
     """Register a generator of rows under `name`, the word that selects it on the command line."""
 
     def register(rows: CaseFunction) -> CaseFunction:
         if name in CASES:
             raise ValueError(f"two benchmark cases are called {name}")
-        CASES[name] = Case(name, title, rows, devices)
+        CASES[name] = Case(name, title, rows, devices, plots)
         return rows
 
     return register

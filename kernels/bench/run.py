@@ -41,7 +41,11 @@ def main() -> int:
             continue
         rows += found
         if found and not arguments.quick:
-            write_csv(arguments.output / machine.folder / f"{name}.csv", found, machine, bench.num_threads)
+            folder = arguments.output / machine.folder
+            write_csv(folder / f"{name}.csv", found, machine, bench.num_threads)
+            plots = CASES[name].plots
+            for what, figure in (plots(found) if plots else {}).items():
+                figure.savefig(folder / f"{name}_{what}.png", dpi=110, bbox_inches="tight")
     if rows:
         print(format_table(rows))
     if not arguments.quick:
@@ -66,7 +70,7 @@ def _run(case: Case, bench: Bench) -> list[Row] | None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="cases to run (default: all); see --list")
-    parser.add_argument("--quick", action="store_true", help="few repetitions and no CSV: does it run?")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, no CSV and no plots: does it run?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure on (default: cpu)")
     parser.add_argument("--list", action="store_true", help="say which cases there are")
     parser.add_argument("--threads", type=int, default=0, help="threads for torch (default: all cores)")

@@ -33,7 +33,7 @@ def write_csv(path: Path, rows: Sequence[Row], machine: Machine, num_threads: in
     with path.open("w", newline="", encoding="utf-8") as file:
         writer: csv.DictWriter[str] | None = None
         for row in rows:
-            record = _record(row) | stamp
+            record = _record(row) | dict(row.details) | stamp
             if writer is None:
                 writer = csv.DictWriter(file, record.keys())
                 writer.writeheader()

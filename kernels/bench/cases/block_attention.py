@@ -1,12 +1,15 @@
 """Block-sparse attention against torch's dense operator and compiled FlexAttention, forward and backward apart.
 
 Every call has its peer's right after it; both passes are timed in the same calls. What "of peak" means: products over
-the visible scores alone, two forward and five backward, over the best rate of one large product in the same dtype.
+the visible scores alone, two forward and five backward, over the best rate of one large product in the same dtype. The
+bytes are the least that a pass moves: q, k, v and the output; backward also three gradients and that of the output.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from statistics import median
 
 import torch
@@ -16,10 +19,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
+from bench.attention_plots import draw
 from bench.measure import seconds
 from bench.registry import AtLeast, Bench, Row, Target, case
 
 _PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
+_MATRICES = {"forward": 4, "backward": 8, "both": 12}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the machine can do, as measured."""
+
+    flops: float
+    """FLOP/s of one large product."""
+    bandwidth: float
+    """Bytes per second, read and written, of one large copy."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +85,29 @@ _CUDA = [
 ]
 
 
-@case("block_attention", "block-sparse attention over dense and FlexAttention", devices=("cpu", "cuda"))
+@case("block_attention", "block-sparse attention over dense and FlexAttention", ("cpu", "cuda"), draw)
 def block_attention(bench: Bench) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16) if bench.device == "cpu" else (torch.bfloat16,):
-        peak = _peak(dtype, bench)
+        limits = _Limits(_peak(dtype, bench), _bandwidth(bench))
         for setting in _CPU if bench.device == "cpu" else _CUDA:
             layout = setting.layout(bench.device)
             ours = partial(block_sparse_attention, layout=layout, causal=setting.causal)
             dense = partial(_dense, causal=setting.causal)
-            yield from _rows(setting, dtype, bench, ours, dense, "dense SDPA", peak)
+            yield from _rows(setting, dtype, bench, ours, dense, "dense SDPA", limits)
+            if bench.device == "cuda" and find_spec("flash_attn") is not None:
+                flash = partial(_flash, causal=setting.causal)
+                yield from _rows(setting, dtype, bench, ours, flash, "FlashAttention", limits)
             if setting.flex:
                 torch.compiler.reset()  # there is a limit on shapes compiled of one function
                 flex = torch.compile(flex_attention, dynamic=False)
                 mask = layout.to_block_mask(setting.tokens, causal=setting.causal)
                 theirs = partial(_with_flex, flex=flex, mask=mask)
-                yield from _rows(setting, dtype, bench, ours, theirs, "FlexAttention", peak)
+                yield from _rows(setting, dtype, bench, ours, theirs, "FlexAttention", limits)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Dense attention by the package flash_attn."""
+    return import_module("flash_attn").flash_attn_func(q, k, v, causal=causal)
 
 
 def _rows(
@@ -94,7 +117,7 @@ def _rows(
     ours: Callable[..., Tensor],
     peer: Callable[..., Tensor],
     peer_name: str,
-    peak: float,
+    limits: "_Limits",
 ) -> Iterator[Row]:
     """Forward, backward and both, of one peer."""
     shape = 1, setting.tokens, setting.heads, setting.head_dim
@@ -109,12 +132,28 @@ def _rows(
                 samples[function].append(sample)
     density = setting.layout("cpu").density(causal=setting.causal)
     label = f"{setting.name}, {setting.tokens} tokens, {str(dtype).removeprefix('torch.')}"
+    matrix_bytes = inputs[0].nbytes
     for what in ("forward", "backward", "both") if trained else ("forward",):
         ours_s, peer_s = ([_part(sample, what) for sample in samples[function]] for function in (ours, peer))
-        rate = setting.flops_a_product * _PRODUCTS[what] / median(ours_s)
-        note = f"density {density:.3f}, {rate / 1e9:.4g} GFLOP/s, {rate / peak:.0%} of peak"
+        flops, moved = setting.flops_a_product * _PRODUCTS[what], _MATRICES[what] * matrix_bytes
+        rate, least_s = flops / median(ours_s), max(flops / limits.flops, moved / limits.bandwidth)
+        note = f"density {density:.3f}, {rate / 1e9:.4g} GFLOP/s, {rate / limits.flops:.0%} of peak"
         target = setting.target if peer_name == "dense SDPA" and what == "both" else None
-        yield Row(f"{label}, {what}", ours_s, peer_s, peer_name, target, note=note)
+        details: dict[str, float | str] = {
+            "pattern": setting.name,
+            "tokens": setting.tokens,
+            "causal": setting.causal,
+            "dtype": str(dtype).removeprefix("torch."),
+            "pass": what,
+            "density": round(density, 4),
+            "active_gflop": round(flops / 1e9, 4),
+            "megabytes": round(moved / 1e6, 4),
+            "gflop_per_s": round(rate / 1e9, 2),
+            "peak_gflop_per_s": round(limits.flops / 1e9, 2),
+            "peak_gb_per_s": round(limits.bandwidth / 1e9, 2),
+            "share_of_roofline": round(least_s / median(ours_s), 4),
+        }
+        yield Row(f"{label}, {what}", ours_s, peer_s, peer_name, target, note=note, details=details)
 
 
 def _forward_backward(function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[float, float]:
@@ -146,3 +185,11 @@ def _peak(dtype: torch.dtype, bench: Bench) -> float:
     a, b = (torch.randn(rows, size, dtype=dtype, device=bench.device) for rows in (4096, size))
     seconds(lambda: torch.mm(a, b))
     return 2 * 4096 * size**2 / min(seconds(lambda: torch.mm(a, b)) for _ in range(bench.pairs))
+
+
+def _bandwidth(bench: Bench) -> float:
+    """Bytes per second of the fastest of several large copies."""
+    source = torch.ones(2**26 if bench.device == "cpu" else 2**29, device=bench.device)
+    target = torch.empty_like(source)
+    seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source)) for _ in range(bench.pairs))

@@ -1,21 +1,18 @@
-"""Sparse linear layers over dense ones: block-sparse and vector n:m products, sparsifying, and the dispatcher."""
+"""Sparse linear layers over dense ones: block-sparse and vector n:m products, and sparsifying."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 from sparsetrain_kernels import NMLinear, NMPattern, NMSelection, WeightBlocks, block_sparse_linear, nm_linear
 from sparsetrain_kernels.block_sparse_linear import implementations as block_implementations
-from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+from sparsetrain_kernels.dispatch import DENSE, Operation, Problem
 from sparsetrain_kernels.nm_linear import implementations as nm_implementations
 from sparsetrain_kernels.nm_linear import sparsify_2_4
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import interleave
-from bench.registry import AtLeast, AtMost, Bench, Row, Unavailable, case
+from bench.registry import AtLeast, Bench, Row, case
 
 _SIZE = 2048
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -25,7 +22,6 @@ _BLOCK_TARGETS = {  # of the output, by living blocks of 16 in a row
     (torch.bfloat16, 4): 2.8,
     (torch.bfloat16, 2): 5.8,
 }
-_RANDOM_SHAPES = 200
 
 
 @case("block_sparse_linear", "block-sparse linear 2048³ over dense torch: output, both gradients, whole layer")
@@ -122,35 +118,6 @@ def sparsify(bench: Bench) -> Iterator[Row]:
     )
 
 
-@case("dispatch", "the dispatcher's choices over dense on 200 random shapes, and what choosing costs a call")
-def dispatch(bench: Bench) -> Iterator[Row]:
-    random = np.random.default_rng(0)
-    for dtype in _DTYPES:
-        drawn = 10 if bench.quick else _RANDOM_SHAPES // len(_DTYPES)
-        rows = [row for _ in range(drawn) if (row := _choice_over_dense(random, dtype)) is not None]
-        if not rows:
-            raise Unavailable(f"no table of this hardware prefers anything to dense in {_name(dtype)}; tune first")
-        figures = [row.figure for row in rows]
-        note = (
-            f"{len(rows)} of {drawn} choices were not dense; median gain {np.median([f.median for f in figures]):.2f}x"
-        )
-        worst = rows[int(np.argmin([figure.high for figure in figures]))]
-        yield replace(worst, name=f"worst choice, {_name(dtype)}: {worst.name}", note=note)
-    yield _overhead(bench)
-
-
-def _choice_over_dense(random: np.random.Generator, dtype: torch.dtype) -> Row | None:
-    """What the dispatcher chooses for a random problem against dense; None where it chooses dense itself."""
-    operation, problem = _random_problem(random, dtype)
-    choice = operation.choose("cpu", dtype, problem.variant, problem.sizes, problem.density)
-    if choice.implementation == DENSE:
-        return None
-    ours, dense = _runs(operation, problem, choice.implementation)
-    sizes = "x".join(map(str, problem.sizes))
-    name = f"{operation.name} [{problem.variant}] {sizes}, density {problem.density:.2g}"
-    return Row(name, *interleave(ours, dense, pairs=7, warmup=1), DENSE, AtLeast(0.98))
-
-
 _BLOCK_OPERATIONS = (
     block_implementations.OUTPUT,
     block_implementations.INPUT_GRADIENT,
@@ -174,41 +141,6 @@ def _runs(operation: Operation, problem: Problem, implementation: str) -> list[C
 
 def _problem(operation: Operation, variant: str, dtype: torch.dtype, density: float) -> Problem:
     return Problem(operation.name, variant, "cpu", dtype, (_SIZE, _SIZE, _SIZE), density, torch.get_num_threads())
-
-
-def _random_problem(random: np.random.Generator, dtype: torch.dtype) -> tuple[Operation, Problem]:
-    """Sizes between and around those that were measured."""
-    tokens, outputs, inputs = (int(2 ** random.uniform(low, high)) for low, high in ((8, 12), (8, 11.5), (8, 11.5)))
-    if random.random() < 0.5:
-        block = int(random.choice([32, 64, 128]))
-        sizes = tokens, -(-outputs // block) * block, -(-inputs // block) * block
-        operation, variant, density = (
-            random.choice(_BLOCK_OPERATIONS),
-            f"{block}x{block}",
-            float(random.uniform(0.06, 1)),
-        )
-    else:
-        pattern = NMPattern(1, int(random.choice([2, 4, 8])), int(random.choice([64, 128])))
-        sizes = tokens, -(-outputs // pattern.vector) * pattern.vector, -(-inputs // pattern.m) * pattern.m
-        operation, variant, density = random.choice(_NM_OPERATIONS), str(pattern), pattern.density
-    return operation, Problem(operation.name, variant, "cpu", dtype, sizes, density, torch.get_num_threads())
-
-
-def _overhead(bench: Bench) -> Row:
-    """Microseconds that choosing adds to a call."""
-    x, problem, calls = torch.ones(1), ("64x64", (2048, 2048, 2048), 0.25), 1000
-    nothing = Operation("nothing", {DENSE: Implementation(lambda: None)})
-
-    def chosen() -> None:
-        for _ in range(calls):
-            nothing.run(x, problem)
-
-    def bare() -> None:
-        for _ in range(calls):
-            nothing.implementations[DENSE].run()
-
-    pairs = zip(*interleave(chosen, bare, pairs=bench.pairs), strict=True)
-    return Row("choosing, a call", [(a - b) / calls * 1e6 for a, b in pairs], target=AtMost(5), unit="µs")
 
 
 def _random_blocks(block: int, density: float) -> WeightBlocks:
