@@ -13,8 +13,9 @@ Fraction = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 Sparsity = Annotated[float, Strict(), Field(ge=0.0, lt=1.0)]
 
 _BLOCK = re.compile(r"^block\[\s*(\d+)\s*,\s*(\d+)\s*\]$")
-_GROUPS = re.compile(r"^(\d+):(\d+)$")
+_GROUPS = re.compile(r"^(?:(vector)(?:\[(\d+)\])? +)?(\d+):(\d+)$")
 MAX_GROUP = 64
+DEFAULT_VECTOR = 64
 
 Method = Literal["static", "prune", "ste", "sr_ste", "mdgf", "sdgf", "bdwp", "transposable"]
 RECIPES: tuple[str, ...] = get_args(Method)[2:]
@@ -40,10 +41,11 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class GroupShape:
-    """n of every m consecutive inputs are kept."""
+    """n of every m consecutive inputs are kept, by `vector` neighbouring outputs together."""
 
     n: int
     m: int
+    vector: int = 1
 
 
 class Uniform(Section):
@@ -139,7 +141,9 @@ class SparsityRule(Section):
     weights decay (2102.04010). mdgf, sdgf: the unseen fade out, or n falls (2402.04744). bdwp: n:m in the input
     gradient too, along the outputs (2309.13015). transposable: 2:4 both ways, dense at the end (2404.01847)."""
     pattern: str = "unstructured"
-    """unstructured | block[rows,cols] | n:m"""
+    """unstructured | block[rows,cols] | n:m: n of every m inputs of each output | vector n:m or vector[outputs] n:m:
+    the same inputs for 64, or so many, outputs side by side. Zeros in blocks and vectors are skipped wherever a kernel
+    was measured to be faster than dense."""
     distribution: Distribution = Uniform()
     criterion: Literal["random", "magnitude"] | None = None
     """What decides which weights go; default random for static, magnitude for prune."""
@@ -161,22 +165,27 @@ class SparsityRule(Section):
     @model_validator(mode="before")
     @classmethod
     def _sparsity_of_pattern(cls, data: Any) -> Any:
-        groups = _groups(data.get("pattern")) if isinstance(data, dict) and "sparsity" not in data else None
-        return data if groups is None else {**data, "sparsity": 1 - groups.n / groups.m}
+        pattern = data.get("pattern") if isinstance(data, dict) and "sparsity" not in data else None
+        if not isinstance(pattern, str) or _GROUPS.match(pattern) is None:
+            return data
+        groups = _groups(pattern)  # None: the pattern is wrong, and that alone is told
+        return {**data, "sparsity": 1 - groups.n / groups.m if groups else 0.0}
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, pattern: str) -> str:
         if (found := _GROUPS.match(pattern)) and _groups(pattern) is None:
-            n, m = found.groups()
+            _, outputs, n, m = found.groups()
             raise ValueError(
                 f"n:m keeps n={n} of every m={m} weights: choose 1 <= n < m <= {MAX_GROUP}, for example 2:4 or 1:8"
+                + (f", and at least one output, not vector[{outputs}]" if outputs else "")
             )
         if pattern != "unstructured" and found is None:
             match = _BLOCK.match(pattern)
             if match is None or "0" in match.groups():
                 raise ValueError(
-                    "expected unstructured, n:m, for example 2:4, or block[rows,cols], for example block[64,64]"
+                    "expected unstructured, block[rows,cols], n:m or vector n:m, for example block[64,64], 2:4 or "
+                    "vector 1:4"
                 )
         return pattern
 
@@ -185,8 +194,14 @@ class SparsityRule(Section):
         recipe, groups = self.method in RECIPES, self.groups
         if recipe and groups is None:
             raise KeyConflict("pattern", f"method={self.method} needs n:m, for example 2:4, not {self.pattern}")
-        if not recipe and groups is not None:
-            raise KeyConflict("pattern", f"{self.pattern} needs one of the methods {', '.join(RECIPES)}")
+        if recipe and groups is not None and groups.vector > 1:
+            raise KeyConflict("pattern", f"method={self.method} takes n:m without vectors, not {self.pattern}")
+        if self.method == "prune" and groups is not None:
+            raise KeyConflict(
+                "pattern", f"{self.pattern} is one sparsity, with no way there; use static or {', '.join(RECIPES)}"
+            )
+        if groups is not None and not isinstance(self.distribution, Uniform):
+            raise KeyConflict("distribution", f"pattern={self.pattern} is equal in all weights; remove it")
         if self.method == "transposable" and self.pattern != "2:4":
             raise KeyConflict("pattern", f"method=transposable has masks for 2:4 alone, not for {self.pattern}")
         if groups is not None and abs(self.sparsity - (1 - groups.n / groups.m)) > 1e-6:
@@ -205,8 +220,6 @@ class SparsityRule(Section):
         if self.method in RECIPES:
             if not isinstance(self.schedule, Constant):
                 raise KeyConflict("schedule", f"method={self.method} has a schedule of its own; remove it")
-            if not isinstance(self.distribution, Uniform):
-                raise KeyConflict("distribution", f"pattern={self.pattern} is equal in all weights; remove it")
             if self.criterion == "random":
                 raise KeyConflict("criterion", f"method={self.method} keeps the largest magnitudes; remove it")
         return self
@@ -237,7 +250,7 @@ class SparsityRule(Section):
 
     @property
     def groups(self) -> GroupShape | None:
-        """n:m; None for any other pattern."""
+        """n:m, of vectors or not; None for any other pattern."""
         return _groups(self.pattern)
 
     @property
@@ -265,5 +278,8 @@ class SparsityRule(Section):
 def _groups(pattern: Any) -> GroupShape | None:
     """The n:m that a text says, if it can be."""
     match = _GROUPS.match(pattern) if isinstance(pattern, str) else None
-    n, m = map(int, match.groups()) if match else (0, 0)
-    return GroupShape(n, m) if 1 <= n < m <= MAX_GROUP else None
+    if match is None:
+        return None
+    vector = int(match[2] or DEFAULT_VECTOR) if match[1] else 1
+    n, m = int(match[3]), int(match[4])
+    return GroupShape(n, m, vector) if 1 <= n < m <= MAX_GROUP and vector >= 1 else None

@@ -83,7 +83,7 @@ class SparseLinear(nn.Linear):
             return nm_linear(x, self.weight, self._kept, self.bias, zeroed=True)
         return F.linear(x, self.weight, self.bias)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _find_zeros(self, pattern: KernelPattern) -> WeightBlocks | NMSelection | None:
         """What is kept; None where the weight holds nothing but zeros, and so does not tell."""

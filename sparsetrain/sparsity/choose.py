@@ -17,7 +17,7 @@ from sparsetrain.config.sparsity import ErdosRenyiKernel, Global, SparsityRule, 
 from sparsetrain.sharding import WeightShard
 from sparsetrain.sparsity.distributions import keep_erk, keep_floors, keep_global, keep_uniform
 from sparsetrain.sparsity.keys import fixed_point, largest_magnitudes, magnitude_keys, random_keys
-from sparsetrain.sparsity.patterns import Block, pattern_of
+from sparsetrain.sparsity.patterns import Block, Groups, pattern_of
 from sparsetrain.sparsity.selection import Problem, Units, select
 from sparsetrain.sparsity.weights import SparseWeight
 
@@ -36,7 +36,8 @@ def choose_masks(
     Args:
         weights: All that the rule owns, sorted by name.
         rule: Pattern, distribution and criterion.
-        sparsity: Over each weight or over all, as the distribution has it; rounding is stated in `distributions`.
+        sparsity: Over each weight or over all, as the distribution has it; rounding is stated in `distributions`. An
+            n:m pattern says it itself.
         seed: For the random criterion.
         within: Choose among the weights that live now; none of the others comes back, and where a weight has fewer
             left than it should keep, all of them stay.
@@ -50,6 +51,13 @@ def choose_masks(
     importance = CRITERIA[rule.scored_by]
     values = None if importance is None else [importance(weight.shard).contiguous() for weight in weights]
     largest = None if values is None else largest_magnitudes([weight.shard for weight in weights], values)
+    if rule.groups is not None:
+        groups = Groups(rule.groups.n, rule.groups.m, rule.groups.vector)
+        scores = _block_scores(weights, groups.units, values, largest, seed=seed, within=within)
+        return [
+            groups.units.expand(weight.shard, groups.largest(score))
+            for weight, score in zip(weights, scores, strict=True)
+        ]
     key_bits = 31
     pattern = pattern_of(rule)
     if isinstance(pattern, Block):

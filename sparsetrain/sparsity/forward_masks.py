@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import ConfigError
 from sparsetrain.sharding import canonical_modules
+from sparsetrain.sparsity.followers import FollowsZeros
 from sparsetrain.sparsity.gathering import whole_of
 from sparsetrain.sparsity.methods.recipe import StraightThrough
 from sparsetrain.sparsity.weights import SparseWeight
@@ -80,7 +81,7 @@ class SeenThroughMask:
         mask_OI = whole_of(shard, self.weight.bits).bool()
         self.weight.unseen_factor = unseen = self.method.unseen_factor(step)
         master_OI = shard.local_master()
-        self.factor_OI = torch.where(mask_OI, 1.0, unseen).to(master_OI.dtype) if unseen else mask_OI
+        self.factor_OI = torch.where(mask_OI, 1.0, torch.tensor(unseen, dtype=master_OI.dtype)) if unseen else mask_OI
         self.backward_OI = self.method.input_gradient_mask(whole_of(shard, master_OI))
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ class ForwardMasks:
 def _linear(users: dict[str, nn.Module], method: StraightThrough, weight: SparseWeight) -> nn.Linear:
     name = weight.shard.name
     layer = users.get(name)
-    if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+    if isinstance(layer, nn.Linear) and (type(layer).forward is nn.Linear.forward or isinstance(layer, FollowsZeros)):
         return layer
     kind = "part of a stack of experts" if layer is None else f"the weight of a {type(layer).__name__}"
     raise ConfigError(

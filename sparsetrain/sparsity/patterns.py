@@ -15,6 +15,8 @@ from torch import Tensor
 from sparsetrain.config.sparsity import SparsityRule
 from sparsetrain.sharding import Rectangle, WeightShard
 
+_CHUNK = 1 << 18  # groups that are sorted at a time: bounds the temporaries
+
 
 class Pattern(Protocol):
     """The shape of what lives or dies together."""
@@ -120,28 +122,50 @@ class Block:
 
 @dataclass(frozen=True)
 class Groups:
-    """n of every m inputs of a matrix [outputs, inputs]; by some methods of every m outputs too."""
+    """n of every m inputs of a matrix [outputs, inputs], the same for `vector` outputs; by some methods of every m
+    outputs too. Leading dimensions (experts) are separate."""
 
     n: int
     m: int
-    both_ways: bool
+    vector: int = 1
+    both_ways: bool = False
 
     def misfit(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """A matrix fits when m divides its inputs, and its outputs where groups lie along them too."""
-        if len(shape) == 2 and shape[1] % self.m == 0 and (not self.both_ways or shape[0] % self.m == 0):
+        """A matrix fits when m divides its inputs, and vector, or m where groups lie along them too, its outputs."""
+        outputs = self.m if self.both_ways else self.vector
+        if len(shape) >= 2 and shape[-1] % self.m == 0 and shape[-2] % outputs == 0:
             return None
+        if self.vector > 1:
+            return (
+                f"vector[{self.vector}] {self.n}:{self.m} does not divide {name} of shape {list(shape)}; its outputs "
+                f"must be a multiple of {self.vector} and its inputs of {self.m}, or leave this weight out"
+            )
         sizes = "both its dimensions" if self.both_ways else "its last dimension"
         return (
             f"m={self.m} does not divide {name} of shape {list(shape)}; choose a pattern n:m whose m divides {sizes}, "
             "or leave this weight out"
         )
 
+    @property
+    def units(self) -> Block:
+        """What is kept or zeroed together."""
+        return Block(self.vector, 1)
+
+    def largest(self, scores: Tensor) -> Tensor:
+        """The n best of every m, bool [units], of the scores of all units of a weight; ties go to the lower index."""
+        mask = torch.empty(len(scores) // self.m, self.m, dtype=torch.bool, device=scores.device)
+        groups = scores.view(-1, self.m)
+        for part, kept in zip(torch.split(groups, _CHUNK), torch.split(mask, _CHUNK), strict=True):
+            best = part.argsort(dim=1, descending=True, stable=True)[:, : self.n]
+            kept.zero_().scatter_(1, best, True)
+        return mask.view(-1)
+
 
 def misfit(rule: SparsityRule, name: str, shape: tuple[int, ...]) -> str | None:
     """Why a rule's pattern cannot be that of a weight, with the fix; None where it can."""
     if rule.groups is not None:
         both_ways = rule.method in ("bdwp", "transposable")
-        return Groups(rule.groups.n, rule.groups.m, both_ways).misfit(name, shape)
+        return Groups(rule.groups.n, rule.groups.m, rule.groups.vector, both_ways).misfit(name, shape)
     return pattern_of(rule).misfit(name, shape)
 
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsetrain.config.sparsity import Constant, SparsityRule
 from sparsetrain.errors import CheckpointError, ConfigError, ShardingError
 from sparsetrain.sharding import Move, WeightShard, on_move, weight_shards
+from sparsetrain.sparsity.followers import Followers
 from sparsetrain.sparsity.forward_masks import ForwardMasks
 from sparsetrain.sparsity.matching import describe_parameters, match_rules
 from sparsetrain.sparsity.methods import METHODS, Method, StraightThrough
@@ -95,6 +96,7 @@ class Sparsifier:
         self._weights: list[list[SparseWeight]] = [[] for _ in rules]
         self._methods: list[Method] = []
         self._forward = ForwardMasks(nn.Module(), ())
+        self._followers = Followers(nn.Module(), {})
         self._handles: list[RemovableHandle] = []
         self._zeroes_moments_each_step = True
         self._gradients_are_masked = False
@@ -151,6 +153,7 @@ class Sparsifier:
             )
             for method, weights in zip(self._methods, self._weights, strict=True):
                 update_masks(weights, method.first_masks(weights), count_flips=False)
+        self._followers = Followers(model, self._patterns_of_zeros())
         self._zero_everything()
         self._forward = ForwardMasks(model, self._recipes())
         self._forward.refresh(0)
@@ -169,6 +172,7 @@ class Sparsifier:
         The forward pass sees all of the weights that recipes own again: see `fold`.
         """
         self._forward.remove()
+        self._followers.release()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -354,6 +358,15 @@ class Sparsifier:
             for weight in weights
         ]
 
+    def _patterns_of_zeros(self) -> dict[str, str]:
+        """Pattern by name of each weight that is zero where its mask is; held masks may have come from other rules."""
+        return {
+            weight.shard.name: rule.pattern
+            for rule, method, weights in zip(self.rules, self._methods, self._weights, strict=True)
+            if method.zeros_in_parameter
+            for weight in weights
+        }
+
     def _recipes(self) -> list[tuple[StraightThrough, SparseWeight]]:
         """What the forward pass masks; nothing where masks are only held, for the phase before has folded them."""
         return [
@@ -369,6 +382,7 @@ class Sparsifier:
             weight.zero_weight()
             weight.zero_moments()
             weight.zero_gradient()
+        self._followers.masks_changed()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

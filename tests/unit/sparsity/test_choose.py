@@ -184,3 +184,25 @@ def test_global_index_names_every_local_element(shape: list[int], data: st.DataO
     shard = WeightShard("w", tuple(shape), tuple(slices), None, 0, lambda: zero, lambda: None, lambda: zero, dict)
     found = global_index(shard, torch.arange(shard.local_numel))
     assert torch.equal(found, shard.global_indices().view(-1))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8", "vector[2] 2:4", "vector[4] 1:2", "3:64"])
+def test_groups_keep_their_best(pattern: str, criterion: str) -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (8, 64), "b": (2, 4, 128)}  # the second as of two experts
+    values = {name: torch.randint(-9, 10, shape) / 8 for name, shape in shapes.items()}  # many ties
+    values["a"][:4] = 0.0
+    rule = SparsityRule(params="*", method="static", pattern=pattern, criterion=criterion)
+    assert rule.groups is not None
+    vector, n, m = rule.groups.vector, rule.groups.n, rule.groups.m
+    masks = choose_masks(weights_of(values), rule, rule.sparsity, seed=3, within=False)
+    for (name, value), mask in zip(values.items(), masks, strict=True):
+        rows = value.abs().double().view(-1, vector, value.shape[-1]).sum(1)
+        if criterion == "random":
+            rows = random_keys(3, name, torch.arange(rows.numel())).view(rows.shape).double()
+        for row, kept in zip(rows, mask.view(-1, vector, value.shape[-1]), strict=True):
+            assert bool((kept == kept[0]).all())
+            for start in range(0, len(row), m):
+                best = sorted(range(m), key=lambda at, row=row, start=start: (-float(row[start + at]), at))[:n]
+                assert kept[0, start : start + m].nonzero().view(-1).tolist() == sorted(best)

@@ -1,11 +1,14 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.config.sparsity import SparsityRule
+from sparsetrain.errors import ConfigError
 from sparsetrain.sharding import WeightShard
-from sparsetrain.sparsity.patterns import Block, Unstructured, pattern_of
+from sparsetrain.sparsity.patterns import Block, Unstructured, misfit, pattern_of
 
 
 def shard_of(shape: tuple[int, ...], slices: tuple[slice, ...]) -> WeightShard:
@@ -63,3 +66,41 @@ def test_blocks_of_one_weight_are_unstructured(text: str, pattern: Unstructured)
     assert pattern_of(SparsityRule(params="*", method="static", sparsity=0.5, pattern=text)) == pattern
     assert pattern.num_units((3, 4)) == 12
     assert Block(3, 2).num_units((5, 6, 4)) == 20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "message"),
+    [
+        ("2:4", (8, 6), "m=4 does not divide w of shape"),
+        ("2:4", (8,), "m=4 does not divide w of shape"),
+        (
+            "vector 1:4",
+            (96, 8),
+            "vector[64] 1:4 does not divide w of shape [96, 8]; its outputs must be a multiple",
+        ),
+        ("vector[8] 1:4", (8, 6), "and its inputs of 4"),
+    ],
+)
+def test_groups_that_do_not_divide_say_so(pattern: str, shape: tuple[int, ...], message: str) -> None:
+    rule = SparsityRule(params="w", method="static", pattern=pattern)
+    found = misfit(rule, "w", shape)
+    assert found is not None
+    assert message in found
+    assert misfit(rule, "w", (2, 64, 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "method", "message"),
+    [
+        ("4:2", "static", "choose 1 <= n < m <= 64"),
+        ("1:65", "static", "choose 1 <= n < m <= 64"),
+        ("vector 0:4", "static", "choose 1 <= n < m <= 64"),
+        ("vector[0] 1:4", "static", "at least one output"),
+        ("vector", "static", "expected unstructured, block"),
+        ("vector 1:4", "ste", "takes n:m without vectors"),
+        ("2:4", "prune", "use static or ste"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(pattern: str, method: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SparsityRule(params="w", method=method, pattern=pattern)

@@ -419,3 +419,37 @@ def test_a_method_sees_dense_gradients_when_due_and_says_where_zeros_stand(
     assert torch.equal(method.seen, dense)
     assert torch.equal(sparse.masks()["0.weight"], dense.abs() >= dense.abs().median())
     assert (model[0].weight != 0).all() == (not in_parameter)
+
+
+class Follower(nn.Linear):
+    """A layer that notes what it is told."""
+
+    def zeros_follow(self, pattern: str | None) -> None:
+        self.told = [*getattr(self, "told", []), pattern]
+
+    def masks_changed(self) -> None:
+        self.zeros_seen = int((self.weight == 0).sum())
+
+
+def test_layers_are_told_of_their_zeros() -> None:
+    model = nn.Sequential(Follower(8, 8), Follower(8, 8), Follower(8, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    rules = [
+        SparsityRule(
+            params="0",
+            method="prune",
+            pattern="block[2,2]",
+            sparsity=0.5,
+            schedule={"kind": "stepwise", "steps": [[0.0, 0.25], [0.5, 0.5]]},
+        ),
+        SparsityRule(params="1", method="static", pattern="vector[4] 1:4"),
+    ]
+    sparsifier = Sparsifier(rules, total_steps=2).attach(model, optimizer)
+    assert [getattr(layer, "told", []) for layer in model] == [["block[2,2]"], ["vector[4] 1:4"], []]
+    assert [model[0].zeros_seen, model[1].zeros_seen] == [16, 48]
+    for _ in range(2):
+        model(torch.randn(2, 8)).sum().backward()
+        optimizer.step()
+    assert model[0].zeros_seen == 32
+    sparsifier.detach()
+    assert [layer.told[-1] for layer in model[:2]] == [None, None]
