@@ -117,6 +117,14 @@ def load_weights(path: Path, shards: Sequence[WeightShard], *, on_damaged: _Noti
     return checkpoint
 
 
+def load_masks(path: Path, shards: Sequence[WeightShard]) -> dict[str, Tensor]:
+    """The masks of a checkpoint for those of `shards` that have one, bool of their local shapes; collective."""
+    saved = on_first_rank(lambda: saved_shapes(path))
+    masks = {shard.name: PackedRows(shard) for shard in shards if f"masks/{shard.name}" in saved}
+    load_tensors({f"masks/{name}": rows.tensor() for name, rows in masks.items()}, path)
+    return {name: rows.mask() for name, rows in masks.items()}
+
+
 def newest_intact_in(path: Path, on_damaged: _Notify) -> Path:
     """A checkpoint itself, or the newest intact one of a run folder; collective.
 

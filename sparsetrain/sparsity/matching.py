@@ -28,6 +28,8 @@ class Parameter:
     shape: tuple[int, ...]
     dense_by_default: bool
     """An embedding, a norm, a bias or the output head: owned only by a glob whose last part spells it out."""
+    in_linear: bool = True
+    """Whether it is the weight of an nn.Linear, and of nothing else."""
     aliases: tuple[str, ...] = ()
     """Further names of a shared parameter, for example head.weight of a model whose head is its embedding."""
 
@@ -44,7 +46,7 @@ def describe_parameters(model: nn.Module) -> list[Parameter]:
     for path, owner, parameters in weight_modules(model):
         if isinstance(owner, DescribesWeights):
             described += [
-                Parameter(name, shape, dense_by_default=len(shape) < 2)
+                Parameter(name, shape, dense_by_default=len(shape) < 2, in_linear=False)
                 for name, shape in owner.describe_weights(path).items()
             ]
         for name, parameter in parameters.items():
@@ -56,7 +58,8 @@ def describe_parameters(model: nn.Module) -> list[Parameter]:
                 or any(_last_part(alias) in _HEADS for alias in names)
             )
             others = tuple(alias for alias in names if alias != name)
-            described.append(Parameter(name, shape, dense, others))
+            in_linear = all(isinstance(module, nn.Linear) for module in owners) and not others
+            described.append(Parameter(name, shape, dense, in_linear, others))
     return described
 
 
@@ -119,6 +122,10 @@ def _problems(rule: SparsityRule, where: KeyPath, mine: list[Parameter], every: 
     if not mine and not problems:
         message = "every weight that it matches belongs to an earlier rule; put this rule before it or remove it"
         problems.append(Problem((*where, "params"), message, value=list(rule.params)))
+    foreign = [parameter.name for parameter in mine if rule.is_recipe and not parameter.in_linear]
+    if foreign:
+        message = f"needs nn.Linear layers, and {foreign[0]} is in none of its own; leave it to a static or prune rule"
+        problems.append(Problem((*where, "method"), message, value=rule.method))
     misfits = list(filter(None, (misfit(rule, parameter.name, parameter.shape) for parameter in mine)))
     if misfits:
         others = f" ({len(misfits) - 1} other weights do not fit either)" if len(misfits) > 1 else ""

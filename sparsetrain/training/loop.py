@@ -122,6 +122,7 @@ def train_phase(
             if state.step % config.checkpoint.every_steps == 0:
                 _save(run, state, record)
     state.current.eval_after = _evaluate(run, plan, state, record, "end")
+    run.sparsity.end()
     state.next_phase()
     _save(run, state, record)
 

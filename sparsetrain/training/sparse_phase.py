@@ -30,12 +30,16 @@ class PhaseSparsity:
         """
         self.current.detach()
         masks = {**self._inherited, **self.current.masks()}
-        rules, hold = self._rules(plan.index)
+        rules, hold = rules_of_phase(self._config, plan.index)
         costs = self._costs(rules, plan, flops)
         self.current = Sparsifier(
             rules, total_steps=plan.num_steps, seed=self._config.seed, costs=costs, hold=hold
         ).attach(self._engine.module, self._engine.optimizer, shards=self._engine.weight_shards(), masks=masks)
         self._inherited = {}
+
+    def end(self) -> None:
+        """End the current phase: its weights become what the forward pass sees of them; collective."""
+        self.current.fold()
 
     def masks(self) -> dict[str, Tensor]:
         """Local bool masks by weight name, for a checkpoint."""
@@ -58,12 +62,13 @@ class PhaseSparsity:
         ruled = {name: 3 * forward for name, forward in flops.linear.items() if name in owned}
         return StepCosts(plan.tokens_per_step().tolist(), flops.train_per_token() - sum(ruled.values()), ruled)
 
-    def _rules(self, phase: int) -> tuple[tuple[SparsityRule, ...], bool]:
-        """A phase's rules, and whether they only hold the masks of an earlier phase."""
-        phases = self._config.phases
-        source = phase
-        while phases[source].sparsity == "keep":
-            source -= 1
-        rules = phases[source].sparsity
-        assert rules != "keep", "the first phase has rules of its own"
-        return rules, source != phase
+
+def rules_of_phase(config: RunConfig, phase: int) -> tuple[tuple[SparsityRule, ...], bool]:
+    """A phase's rules, and whether they only hold the masks of an earlier phase."""
+    phases = config.phases
+    source = phase
+    while phases[source].sparsity == "keep":
+        source -= 1
+    rules = phases[source].sparsity
+    assert rules != "keep", "the first phase has rules of its own"
+    return rules, source != phase

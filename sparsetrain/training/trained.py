@@ -7,18 +7,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsetrain.checkpoint import load_weights
+from sparsetrain.checkpoint import load_masks, load_weights, read_state
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.data import Batch, Tokenizer, tokenizer_from_json
 from sparsetrain.errors import DataError, RunFolderError
 from sparsetrain.models import Transformer
 from sparsetrain.parallel import World
 from sparsetrain.sharding import weight_shards
+from sparsetrain.sparsity import Sparsifier
 from sparsetrain.training.datasets import prepare_datasets
 from sparsetrain.training.evaluation import EvalResult, evaluate
 from sparsetrain.training.generation import sample_text
+from sparsetrain.training.phase_plan import plan_phases
 from sparsetrain.training.run_folder import CONFIG_FILE, TOKENIZER_FILE
 from sparsetrain.training.setup import max_seq_len, vocab_rows
+from sparsetrain.training.sparse_phase import rules_of_phase
+from sparsetrain.training.state import RunState
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class TrainedRun:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Transformer(config.model, vocab_rows(config, tokenizer.vocab_size), max_seq_len(config))
         checkpoint = load_weights(folder, weight_shards(model))
+        _fold_recipes(config, model, checkpoint)
         return cls(config, model.eval(), tokenizer, checkpoint)
 
     @property
@@ -66,6 +71,27 @@ class TrainedRun:
         batch = batch.to(self.device)
         loss: Tensor = self.model(batch.tokens, batch.targets, batch.document_ids)
         return loss
+
+
+def _fold_recipes(config: RunConfig, model: Transformer, checkpoint: Path) -> None:
+    """Let the weights of n:m recipes be what the forward pass saw when the checkpoint was saved.
+
+    At the end of a phase they are that already; inside one, a checkpoint holds the dense weights that learn.
+    """
+    saved = read_state(checkpoint)
+    state = RunState.from_dict(saved["run"])
+    if state.phase_step == 0:
+        return
+    rules, hold = rules_of_phase(config, state.phase)
+    if hold or not any(rule.is_recipe for rule in rules):
+        return
+    plan = plan_phases(config)[state.phase]
+    shards = weight_shards(model)
+    sparsifier = Sparsifier(rules, total_steps=plan.num_steps, seed=config.seed).attach(model, None)
+    load_weights(checkpoint, shards)  # again: rules have zeroed theirs, by masks of the phase's first step
+    sparsifier.load_masks(load_masks(checkpoint, shards))
+    sparsifier.load_state_dict(saved["sparsity"])
+    sparsifier.fold()
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
