@@ -7,6 +7,7 @@ from sparsetrain_kernels.expert_ffn import expert_ffn, expert_ffn_backward, expe
 from sparsetrain_kernels.grouped_mm import grouped_mm
 from sparsetrain_kernels.nm_linear import NMLinear, NMPattern, NMSelection, nm_linear
 from sparsetrain_kernels.permute import permute, sort_by_expert, unpermute
+from sparsetrain_kernels.router_top_k import router_top_k
 
 __all__ = [
     "BlockLayout",
@@ -23,6 +24,7 @@ __all__ = [
     "moe_ffn",
     "nm_linear",
     "permute",
+    "router_top_k",
     "sort_by_expert",
     "unpermute",
 ]

@@ -6,6 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def gather_kernel(x_ptr, token_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+    """A slice of one row: x[token[row]]."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + tl.load(token_ptr + row).to(tl.int64) * D + d, mask=d < D)
@@ -14,6 +15,7 @@ def gather_kernel(x_ptr, token_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def combine_kernel(y_ptr, weight_ptr, row_ptr, first_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
+    """A slice of one token: the weighted sum of its rows, in their order."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -28,6 +30,7 @@ def combine_kernel(y_ptr, weight_ptr, row_ptr, first_ptr, out_ptr, D, BLOCK_D: t
 
 @triton.jit
 def combine_backward_kernel(dy_ptr, y_ptr, weight_ptr, token_ptr, dy_rows_ptr, dweight_ptr, D, BLOCK_D: tl.constexpr):
+    """One row: the gradient of its token times its weight, and the gradient by the weight."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ptr + row).to(tl.int64)
     weight = tl.load(weight_ptr + row).to(tl.float32)
