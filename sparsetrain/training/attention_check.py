@@ -40,11 +40,12 @@ def _problems(attention: BlockSparseAttention, seen_HQK: Tensor) -> Iterator[Pro
             continue
         told.add(place)
         blind = (~enough_Q).nonzero().flatten().tolist()
-        what = "does not see itself, and with within_documents a document may begin there" * attention.within_documents
+        what = "does not see itself, and with within_documents a document may begin there"
         written = attention.heads[place].model_dump(exclude_defaults=True)
         yield Problem(
             (*_KEY, place),
-            f"{show(written)}: block {blind[0]} of the queries of head {head} {what or 'sees no key'} "
-            f"({len(blind)} such blocks); combine it with the nearest blocks: "
+            f"{show(written)}: block {blind[0]} of the queries of head {head} "
+            f"{what if attention.within_documents else 'sees no key'} ({len(blind)} of {len(enough_Q)} blocks); "
+            "combine it with the nearest blocks: "
             "{kind: union, of: [{kind: local, width: 1}, ...]}",
         )

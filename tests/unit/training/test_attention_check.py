@@ -30,13 +30,13 @@ FIRST = {"kind": "strided", "stride": 3, "offset": 0}
         (
             [STRIDED],
             False,
-            r"heads\.0: {kind: strided, stride: 2}: block 0 of the queries of head 1 sees no key \(1 such",
+            r"heads\.0: {kind: strided, stride: 2}: block 0 of the queries of head 1 sees no key \(1 of 7 blocks\)",
         ),
         ([LOCAL, {**STRIDED, "offset": 1}], False, r"heads\.1: .* of head 1 sees no key"),
         (
             [{"kind": "intersection", "of": [LOCAL, FIRST]}],
             False,
-            r"heads\.0: .*block 1 of the queries of head 0 sees no key \(4 such blocks\); combine it with the nearest",
+            r"heads\.0: .*block 1 of the queries of head 0 sees no key \(4 of 7 blocks\); combine it with the nearest",
         ),
         ([FIRST], True, r"heads\.0: .*block 1 of the queries of head 0 does not see itself, and with within_documents"),
         (
