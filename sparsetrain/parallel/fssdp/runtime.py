@@ -76,6 +76,7 @@ class Runtime:
         """What experts computed in last, and replicas travel in."""
         return self._prefetch.dtype
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_forward(self) -> None:
         """The model begins a forward pass: have the first layer's replicas on their way; collective."""
         self._previous = None
