@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
@@ -194,8 +194,10 @@ class _Run:
         if isinstance(cause, WorkerGroupError):
             failed = GroupFailed({rank: describe(failure) for rank, failure in cause.worker_failures.items()})
             return self._summary(failed, f"{max_restarts} restarts (cluster.max_restarts={max_restarts})")
+        # Of an error on a worker, Ray's text ends with what it was; it begins with Ray's own words for where.
         name, text = type(cause).__name__, str(cause).strip().splitlines() or [""]
-        return ClusterError(f"Ray Train gave up: {name}: {text[0]}\nfull log: {self._folder.logs}")
+        what = text[-1].strip() if isinstance(cause, RayTaskError) else text[0]
+        return ClusterError(f"Ray Train gave up: {name}: {what}\nfull log: {self._folder.logs}")
 
     def _summary(self, failed: GroupFailed, tried: str) -> ClusterError:
         step = self._last_step()
