@@ -1,5 +1,6 @@
 """The top_k largest of a softmax."""
 
+from sparsetrain_kernels import router_top_k
 from torch import Tensor
 
 from sparsetrain.config.moe import SoftmaxTopK
@@ -21,8 +22,6 @@ class SoftmaxTopKRouter(LearnedRouter):
     def forward(self, x_TD: Tensor, *, seq_len: int | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route T tokens; see `Router.forward`."""
         logits_TE = self.logits(x_TD)
+        weight_TK, expert_TK = router_top_k(logits_TE, self.top_k, renormalise=self.renormalise)
         scores_TE = logits_TE.softmax(dim=-1)
-        weight_TK, expert_TK = scores_TE.topk(self.top_k, dim=-1)
-        if self.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
         return Routing.of_choices(expert_TK, weight_TK, self.num_experts, scores_TE=scores_TE, logits_TE=logits_TE)
