@@ -11,7 +11,6 @@ Import a peer inside the function and raise `Unavailable` when it is missing: th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.measure import Interval, interleave, median_interval, ratio_interval
@@ -107,8 +106,6 @@ class Bench:
     """Threads that torch may use in this process; a case that starts processes shares them out."""
     device: str = "cpu"
     """cpu or cuda; only cases registered for it are run."""
-    figures: Path | None = None
-    """Folder for pictures beside the CSV; None where none are to be drawn."""
 
     @property
     def pairs(self) -> int:

@@ -29,8 +29,7 @@ def main() -> int:
         return 0
     machine = this_machine(arguments.device)
     torch.set_num_threads(arguments.threads or machine.num_cores)
-    figures = None if arguments.quick else arguments.output / machine.folder
-    bench = Bench(arguments.quick, torch.get_num_threads(), arguments.device, figures)
+    bench = Bench(arguments.quick, torch.get_num_threads(), arguments.device)
     print(f"{machine}; {bench.num_threads} threads")
     rows, failed = [], []
     for name in arguments.names:

@@ -35,7 +35,7 @@ def visible_pairs(layout: BlockLayout, num_tokens: int) -> int:
     """
     layout.check_lengths(num_tokens, num_tokens)
     mask_HQK = layout.to_mask().cpu()
-    sizes_Q = torch.full((layout.num_query_blocks,), layout.block)
+    sizes_Q = torch.full((layout.num_query_blocks,), layout.block, device="cpu")  # also where meta is the default
     sizes_Q[-1] = num_tokens - (layout.num_query_blocks - 1) * layout.block
     pairs_QK = torch.outer(sizes_Q, sizes_Q).tril_(-1) + torch.diag(sizes_Q * (sizes_Q + 1) // 2)
     return int((mask_HQK * pairs_QK).sum())

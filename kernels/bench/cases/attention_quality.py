@@ -5,15 +5,18 @@ table is a seed, which decides the weights and the order of the text, alike for 
 three of four. Time is the processor's, of all threads: in its minutes a run seldom has a machine to itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.registry import Bench, Row, case
 from sparsetrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEQ_LEN, BATCH_TOKENS, STEPS = 2048, 4096, 32
 _NEAR = {"kind": "local", "width": 2}
@@ -33,7 +36,30 @@ class _Outcome:
     """Processor time of all steps."""
 
 
-@case("attention_quality", "held-out loss and CPU seconds at equal tokens: S2 and local + sink over dense, 2048 tokens")
+def _plots(rows: Sequence[Row]) -> dict[str, "Figure"]:
+    """Held-out loss over time, a mark for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for losses, seconds in zip(rows[::2], rows[1::2], strict=True):
+        name = losses.name.partition(",")[0]
+        axes.scatter(seconds.ours, losses.ours, color=_COLOURS[name], label=name)
+    axes.scatter(rows[1].peer, rows[0].peer, color=_COLOURS["dense"], label="dense")
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"CPU seconds of training, {STEPS * BATCH_TOKENS:,} tokens")
+    axes.set_ylabel("held-out bits per byte")
+    axes.set_title(f"Attention over {SEQ_LEN} tokens, {len(rows[0].ours)} seeds", loc="left", fontsize=11)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return {"seconds": figure}
+
+
+@case(
+    "attention_quality",
+    "held-out loss and CPU seconds at equal tokens: S2 and local + sink over dense, 2048 tokens",
+    plots=_plots,
+)
 def attention_quality(bench: Bench) -> Iterator[Row]:
     seeds, steps = (1, 2) if bench.quick else (3, STEPS)
     outcomes: dict[str, list[_Outcome]] = {name: [] for name in _ATTENTIONS}
@@ -48,8 +74,6 @@ def attention_quality(bench: Bench) -> Iterator[Row]:
         losses, of_dense = [run.bits_per_byte for run in found], [run.bits_per_byte for run in dense]
         yield Row(f"{name}, held out", losses, of_dense, "dense", unit="bits/byte", note=note)
         yield Row(f"{name}, CPU seconds", [run.cpu_s for run in found], [run.cpu_s for run in dense], "dense")
-    if bench.figures is not None:
-        _draw({"dense": dense, **outcomes}, bench.figures / "attention_quality.png")
 
 
 def _train(config: RunConfig) -> _Outcome:
@@ -109,22 +133,3 @@ def _share_of_keys(name: str) -> float:
     from sparsetrain.planning.attention_flops import keys_per_query
 
     return keys_per_query(_config(Path(), name, 0, STEPS).model, SEQ_LEN)[-1] / ((SEQ_LEN + 1) / 2)
-
-
-def _draw(outcomes: dict[str, list[_Outcome]], path: Path) -> None:
-    """Loss over time, a mark for each seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for name, found in outcomes.items():
-        seconds, losses = [run.cpu_s for run in found], [run.bits_per_byte for run in found]
-        axes.scatter(seconds, losses, color=_COLOURS[name], label=name)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(f"CPU seconds of training, {STEPS * BATCH_TOKENS:,} tokens")
-    axes.set_ylabel("held-out bits per byte")
-    axes.set_title(f"Attention over {SEQ_LEN} tokens, {len(outcomes['dense'])} seeds", loc="left", fontsize=11)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
