@@ -17,6 +17,7 @@ from sparsetrain.moe import Experts, ExpertSpec, MoELayer, moe_layers
 from sparsetrain.moe.placement import own_evenly
 from sparsetrain.parallel.fssdp.experts import ShardedExperts
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
+from sparsetrain.parallel.fssdp.rows import require_an_expert_each
 from sparsetrain.parallel.fssdp.runtime import Runtime
 from sparsetrain.parallel.fssdp.store import ExpertStore, store_parameters
 
@@ -97,8 +98,11 @@ def parallelize_experts(
         raise ShardingError(f"experts={kind!r}: expected ep, fssdp or None")
     if not layers:
         raise ShardingError(f'experts="{kind}": {type(model).__name__} holds no MoELayer; pass experts=None')
+    shapes = _by_shape(layers, kind)
+    for _, num_experts in shapes:  # before anything is replaced: a model that is refused stays as it was
+        require_an_expert_each(num_experts, groups.size)
     runtimes = []
-    for (spec, num_experts), members in _by_shape(layers, kind).items():
+    for (spec, num_experts), members in shapes.items():
         paths = [f"{path}.experts" if path else "experts" for path, _, _ in members]
         first = members[0][2].w_in
         store = ExpertStore(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.errors import PlacementError, ShardingError
-from sparsetrain.moe import MoELayer, auxiliary_loss
+from sparsetrain.moe import Experts, MoELayer, auxiliary_loss
 from sparsetrain.moe.placement import Placement
 from sparsetrain.parallel import MoEController, parallelize
 from sparsetrain.parallel.fssdp.controller import runtimes_of
@@ -209,6 +209,10 @@ def check_bad_input() -> None:
         parallelize(nn.Linear(2, 2), experts="ep")
     with pytest.raises(PlacementError, match="1 experts cannot be spread over an expert group of 2 ranks"):
         parallelize(MoELayer(4, 4, 1, 1), experts="ep")
+    mixed = nn.Sequential(MoELayer(4, 4, 2, 1), MoELayer(4, 4, 1, 1))
+    with pytest.raises(PlacementError, match="1 experts"):
+        parallelize(mixed, experts="ep")
+    assert all(isinstance(layer.experts, Experts) for layer in mixed)  # it stays as it was
     with pytest.raises(ShardingError, match="experts='fsdp': expected ep, fssdp or None"):
         parallelize(Model(), experts="fsdp")
     with pytest.raises(ShardingError, match="shard='fsdp': expected ddp, full or None"):

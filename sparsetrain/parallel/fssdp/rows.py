@@ -94,11 +94,7 @@ class ExpertRows(nn.Module):
     def check_owners(self, owners_LE: IntArray) -> None:
         """Raise PlacementError unless these are owners of all experts among the ranks of a group."""
         num_ranks = self.groups.size
-        if self.num_experts < num_ranks:
-            raise PlacementError(
-                f"{self.num_experts} experts cannot be spread over an expert group of {num_ranks} ranks: make groups "
-                f"of {self.num_experts} ranks at most"
-            )
+        require_an_expert_each(self.num_experts, num_ranks)
         if owners_LE.shape != (self.num_layers, self.num_experts):
             expected = (self.num_layers, self.num_experts)
             raise PlacementError(f"owners of shape {owners_LE.shape}: expected {expected}, [L, E]")
@@ -195,3 +191,12 @@ class ExpertRows(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"layers={self.num_layers}, num_experts={self.num_experts}, owned={self.num_owned}, {self.spec}"
+
+
+def require_an_expert_each(num_experts: int, num_ranks: int) -> None:
+    """Raise PlacementError if an expert group has more ranks than a layer has experts."""
+    if num_experts < num_ranks:
+        raise PlacementError(
+            f"{num_experts} experts cannot be spread over an expert group of {num_ranks} ranks: make groups of "
+            f"{num_experts} ranks at most"
+        )
