@@ -26,7 +26,7 @@ from sparsetrain.engines.torch_engine import TorchEngine
 from sparsetrain.engines.zero_partitions import ZeroPartitions, moments_reader, weights_in_parameters
 from sparsetrain.errors import ConfigError
 from sparsetrain.moe import moe_layers
-from sparsetrain.parallel import World, set_gradient_sync, store_parameters
+from sparsetrain.parallel import set_gradient_sync, store_parameters
 from sparsetrain.sharding import DescribesWeights, WeightShard, weight_modules, weight_shards
 
 
@@ -54,10 +54,10 @@ class DeepSpeedEngine(TorchEngine):
         ours = [group for group in self._groups if not any(id(p) in kept_apart for p in group.parameters)]
         # A stand-in: it holds no state, and DeepSpeed never steps it.
         stand_in = SGD([{"params": list(group.parameters)} for group in ours], lr=0.0)
-        deepspeed = _import_deepspeed(self._world)
+        deepspeed = import_deepspeed(self._world.device)
         with _overrides_blamed():
             self._library, *_ = deepspeed.initialize(
-                model=_Shown(self._module, kept_apart, super()._autocast()),
+                model=Shown(self._module, kept_apart, super()._autocast()),
                 optimizer=stand_in,
                 config=deepspeed_config(config),
                 dist_init_required=False,
@@ -140,7 +140,7 @@ class DeepSpeedEngine(TorchEngine):
         self._library.backward(loss)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()  # DeepSpeed would switch one around it off: it is inside, see _Shown
+        return nullcontext()  # DeepSpeed would switch one around it off: it is inside, see Shown
 
     @contextmanager
     def _synchronizing(self, is_last: bool) -> Iterator[None]:
@@ -156,7 +156,7 @@ class DeepSpeedEngine(TorchEngine):
         self._is_stale = False
 
 
-class _Shown(nn.Module):
+class Shown(nn.Module):
     """The model as DeepSpeed sees it: run under autocast, and without the parameters of expert stores.
 
     Args:
@@ -195,10 +195,10 @@ def _overrides_blamed() -> Iterator[None]:
         raise ConfigError(f"engine_overrides.deepspeed: DeepSpeed does not take it: {wrong}") from None
 
 
-def _import_deepspeed(world: World) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, set up on the process group that is there, without a word and without compiling anything."""
     os.environ.setdefault("LOCAL_RANK", "0")
-    if world.device.type == "cpu":
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     # It calls torch's collectives by names that torch wants replaced, and torch says so at every call.

@@ -15,7 +15,7 @@ from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import NOT_COUNTED, Batch
 from sparsetrain.engines.allocator import keep_freed_memory
 from sparsetrain.engines.optimizer import build_optimizer
-from sparsetrain.models import Transformer, initialize_
+from sparsetrain.models import Transformer, initialize_, use_sparse_linears
 from sparsetrain.moe import auxiliary_loss, moe_layers
 from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.parallel import MoEController, World, parallelize_data, set_gradient_sync, spread_experts
@@ -42,6 +42,7 @@ class TorchEngine:
             keep_freed_memory()
         with torch.device("meta"):
             self._module = Transformer(config.model, vocab_size, max_seq_len)
+        use_sparse_linears(self._module)  # any phase may have rules
         self._has_experts = config.model.moe is not None
         self._aux_loss: Tensor | None = None
         self._prepare_experts(config)

@@ -26,7 +26,7 @@ _GPU_WIDTHS = (1024, 2048, 4096, 8192)
 _GPU_BUDGET_S = 0.2
 _MIN_TIMES = 3
 
-_LIBRARIES = ("torch", "triton", "ray", "deepspeed", "megatron-core", "tokenizers", "datasets")
+_LIBRARIES = ("torch", "triton", "ray", "deepspeed", "megatron-core", "transformer-engine", "tokenizers", "datasets")
 
 
 def measured_matmul_peak(device: torch.device | str, dtype: torch.dtype, *, threads: int | None = None) -> float:

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ _LITTLE_MEMORY_BYTES = 3e9
 _LITTLE_SHARED_MEMORY_BYTES = 0.5e9
 _SHARED_MEMORY = Path("/dev/shm")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_UNUSED_LIBRARIES = ("deepspeed", "megatron-core", "apex")
+_UNUSED_LIBRARIES = ("megatron-core", "transformer-engine", "apex")
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _engine_rows(findings: Findings) -> list[tuple[str, str]]:
         collectives, bf16 = "gloo", f"bf16 autocast ({how})"
     compiles = f"{'Triton and ' if on_gpu else ''}{findings.compiler_path}; only with train.compile=true"
     return [
+        ("engines", f"torch{_deepspeed(hardware.versions)}"),
         ("collectives", collectives),
         ("optimizer", "AdamW, torch's fused kernel"),
         ("precision", f"fp32, or {bf16}"),
@@ -243,6 +245,13 @@ def _kernel_choice(table: Path | None) -> str:
     if table is None:
         return "no times of this hardware to choose by: `sparsetrain doctor --tune` measures them in two minutes"
     return f"each call the fastest by the times in {table}"
+
+
+def _deepspeed(versions: Mapping[str, str]) -> str:
+    """What to say of DeepSpeed after the name of another engine."""
+    if "deepspeed" not in versions:
+        return "; DeepSpeed is not installed, see the extra deepspeed"
+    return f", or DeepSpeed {versions['deepspeed']} with parallel.engine=deepspeed"
 
 
 def _library_rows(findings: Findings) -> list[tuple[str, str]]:

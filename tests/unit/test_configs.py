@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsetrain.config import RunConfig, check_world, load_config
+from sparsetrain.engines.deepspeed_config import deepspeed_config
 from sparsetrain.models import Transformer
 from sparsetrain.moe import Experts, moe_layers
 from sparsetrain.moe.placement import ExpertBytes, own_evenly, owned_bytes
@@ -13,7 +14,7 @@ from sparsetrain.planning.flops import parameter_counts
 from sparsetrain.sparsity import describe_parameters, match_rules
 from sparsetrain.training.setup import max_seq_len
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
 def by_name(name: str) -> RunConfig:
@@ -29,6 +30,7 @@ def build(config: RunConfig) -> Transformer:
 def test_every_config_fits_its_ranks_and_its_rules_match_weights(path: Path) -> None:
     config = load_config(path)
     check_world(config, config.cluster.workers)
+    deepspeed_config(config)
     parameters = describe_parameters(build(config))
 
     for phase in config.phases:
