@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from sparsetrain_kernels import BlockLayout, block_sparse_attention
-from sparsetrain_kernels.block_layout import Local, Random, Sink, Strided
+from sparsetrain_kernels.block_layout import Dense, Local, Random, Sink, Strided
+from sparsetrain_kernels.block_sparse_attention.implementations import FORWARD
 from torch.nn import functional as F
 
 from sparsetrain.testing import assert_close, requires_gpu
@@ -133,6 +134,34 @@ def test_kernels_of_every_tile_agree_with_the_oracle(head_dim: int, block: int, 
         batch=1, tokens=333, heads=4, kv_heads=2, lists=4, head_dim=head_dim, block=block, borders=(0, 100, 333)
     )
     check(call, dtype, "triton", "cuda")
+
+
+@requires_gpu
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_torchs_own_operator_agrees_with_the_oracle_where_nothing_is_hidden(dtype: torch.dtype, causal: bool) -> None:
+    """Without a gradient of the log-sum-exp, which would take another path."""
+    call = Call(tokens=333, heads=4, kv_heads=2, head_dim=64, block=64)
+    layout = BlockLayout.build(Dense(), 333, causal=causal).to("cuda")
+    q, k, v, dout, _ = (x.cuda() for x in call.tensors(dtype))
+    results = []
+    for implementation in ("dense", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = block_sparse_attention(
+            *leaves, layout, causal=causal, return_lse=True, implementation=implementation
+        )
+        results.append([out, lse, *torch.autograd.grad(out, leaves, dout)])
+    for ours, reference in zip(*results, strict=True):
+        assert_close(ours, reference, rtol=5e-2, atol=5e-2)
+
+
+@requires_gpu
+def test_the_dispatcher_runs_on_a_gpu_with_and_without_a_table() -> None:
+    call = Call(tokens=333, heads=4, kv_heads=2, head_dim=64, block=64)
+    check(call, torch.bfloat16, None, "cuda")
+    choice = FORWARD.choose("cuda", torch.bfloat16, "block 64, causal", (8, 333, 333, 64), 0.5)
+    assert choice.implementation in FORWARD.implementations
+    assert "expected" in str(choice) or "nothing was measured near" in str(choice)
 
 
 @requires_gpu
