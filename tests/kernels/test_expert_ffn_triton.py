@@ -79,6 +79,7 @@ def test_sizes_of_several_tiles_and_few_rows_an_expert(device: str, activation: 
     for case in (
         Case([150, 3, 87], activation, bias, num_tokens=90, dim=72, ffn_dim=130),
         Case([5, 1, 9], activation, bias, num_tokens=6, dim=33, ffn_dim=65),
+        Case([2, 0, 3], activation, bias, num_tokens=4, dim=1, ffn_dim=1),
     ):
         inputs, dy_TD = case.inputs(torch.float32), random(case.num_tokens, case.dim, seed=5)
         ours = on(device, case, moe_ffn, inputs, dy_TD)

@@ -168,7 +168,7 @@ def _tiles(a: Tensor, num_rows: int, num_experts: int) -> dict[str, int]:
     rows = 16 if mean <= 16 else 64 if mean <= 256 or _is_wide(a) else 128
     # A gated tile holds two sums: 128 x 64 of each are what a program's registers hold.
     options = {"BLOCK_N": 64, "BLOCK_K": 32 if _is_wide(a) else 64, "num_warps": 8 if rows == 128 else 4}
-    return {"BLOCK_M": rows, **options, "num_stages": 3, "E_PADDED": triton.next_power_of_2(num_experts)}
+    return {"BLOCK_M": rows, **options, "num_stages": 3, "E_PADDED": triton.next_power_of_2(max(num_experts, 2))}
 
 
 def _outer_tiles(a: Tensor) -> dict[str, int]:

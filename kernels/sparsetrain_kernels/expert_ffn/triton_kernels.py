@@ -61,6 +61,7 @@ def hidden_kernel(
     source = tl.load(token_ptr + row, mask=has_row, other=0) if token_ptr is not None else row
     x_row = x_ptr + source.to(tl.int64)[:, None] * D
     w_col = w_ptr + expert * H * D + n.to(tl.int64)[None, :] * D
+    w_up_col = w_ptr + expert * H * D + (n.to(tl.int64) + F)[None, :] * D
     first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, D, BLOCK_K):
@@ -72,7 +73,7 @@ def hidden_kernel(
             x, w = x.to(tl.float32), w.to(tl.float32)
         first = tl.dot(x, w, first, input_precision=PRECISION)
         if GATED:
-            w_up = tl.load(w_col + F.to(tl.int64) * D + k[:, None], mask=has_w, other=0.0)
+            w_up = tl.load(w_up_col + k[:, None], mask=has_w, other=0.0)
             if UPCAST:
                 w_up = w_up.to(tl.float32)
             second = tl.dot(x, w_up, second, input_precision=PRECISION)
