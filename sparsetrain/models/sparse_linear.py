@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.nm_linear import NMPattern, NMSelection, magnitude_mask, nm_linear
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from sparsetrain.sharding import canonical_modules
 
 KernelPattern = NMPattern | BlockShape
 """Patterns that kernels are written for."""
+
+PRODUCTS = ("output", "input_gradient", "weight_gradient")
+"""What a linear layer computes in a training step."""
 
 _BLOCK = re.compile(r"block\[\s*(\d+)\s*,\s*(\d+)\s*\]")
 
@@ -148,6 +152,29 @@ def kernel_pattern(pattern: str) -> KernelPattern | None:
     if found := _BLOCK.fullmatch(pattern):
         return BlockShape(int(found[1]), int(found[2]))
     return None if pattern == "unstructured" else NMPattern.parse(pattern)
+
+
+def choices(
+    pattern: KernelPattern, shape: tuple[int, int], density: float, num_tokens: int, dtype: torch.dtype, device: str
+) -> list[dispatch.Choice]:
+    """What the dispatcher has the output, the input's gradient and the weight's gradient of a layer computed by.
+
+    Args:
+        pattern: Of its zeros.
+        shape: Of its weight, outputs and inputs.
+        density: Share of the units that live.
+        num_tokens: Of a forward pass.
+        dtype: Of the computation.
+        device: cpu or cuda.
+    """
+    if isinstance(pattern, BlockShape):
+        kind, variant = "block_sparse_linear", f"{pattern.rows}x{pattern.cols}"
+    else:
+        kind, variant = "nm_linear", str(pattern)
+    return [
+        dispatch.OPERATIONS[f"{kind}.{product}"].choose(device, dtype, variant, (num_tokens, *shape), density)
+        for product in PRODUCTS
+    ]
 
 
 def pattern_text(pattern: KernelPattern) -> str:

@@ -8,6 +8,7 @@ from sparsetrain.planning.flops import ModelFlops
 from sparsetrain.sparsity import Sparsifier
 from sparsetrain.training.metrics import Throughput
 from sparsetrain.training.phase_plan import PhasePlan
+from sparsetrain.training.sparse_layers import SparseLayers
 from sparsetrain.training.state import RunState
 from sparsetrain.training.step import StepResult
 
@@ -17,19 +18,24 @@ class Accountant:
 
     Args:
         sparsity: The phase's masks.
+        layers: What kernels do with their zeros.
         flops: What a token costs.
         train: Whether activations are computed twice.
         peak_flops: Matmul peak of all ranks together, FLOP/s.
     """
 
-    def __init__(self, sparsity: Sparsifier, flops: ModelFlops, train: TrainConfig, peak_flops: float) -> None:
+    def __init__(
+        self, sparsity: Sparsifier, layers: SparseLayers, flops: ModelFlops, train: TrainConfig, peak_flops: float
+    ) -> None:
         self._sparsity = sparsity
+        self._layers = layers
         self._flops = flops
         self._recomputes = train.activation_checkpointing
         self._peak_flops = peak_flops
         self._meter = Throughput()
         # Masks change after a step: what the next one multiplies with is noted when this one is over.
         self._densities, self._gradient_densities = sparsity.densities(), sparsity.weight_gradient_densities()
+        self._skipped_per_token = layers.skipped_flops_per_token()
         self._nonzero_parameters = self._nonzero_linear_parameters()
 
     def paused(self) -> AbstractContextManager[None]:
@@ -38,11 +44,12 @@ class Accountant:
 
     def count(self, plan: PhasePlan, state: RunState, result: StepResult) -> dict[str, Any]:
         """Add a step to the phase's sums in `state`; returns its row of metrics.jsonl."""
-        # With masks on dense kernels every zero is multiplied: what is executed is the dense model.
         flops = self._flops
         if result.experts is not None:
             flops = flops.with_experts_per_token(result.experts.computed / result.num_tokens)
-        model_flops = flops.train_per_token() * result.num_tokens
+        dense_flops = flops.train_per_token() * result.num_tokens
+        # Where masks are on dense kernels every zero is multiplied: what is executed is the dense model.
+        model_flops = dense_flops - self._skipped_per_token * result.num_tokens
         recomputed_flops = flops.layers_forward_per_token() * result.num_tokens if self._recomputes else 0.0
         seconds = self._meter.step_done(result.num_tokens, model_flops)
         totals = state.current
@@ -54,11 +61,14 @@ class Accountant:
         totals.train_flops += sparse_flops * result.num_tokens
         totals.model_flops += model_flops
         totals.executed_flops += model_flops + recomputed_flops
-        totals.dense_train_flops += model_flops
+        totals.dense_train_flops += dense_flops
         totals.attention_flops_saved += flops.attention_saved_per_token * result.num_tokens
         totals.nonzero_steps += self._nonzero_parameters
         self._densities = totals.layer_density = self._sparsity.densities()
         self._gradient_densities = self._sparsity.weight_gradient_densities()
+        if self._sparsity.masks_changed or not totals.sparse_layers:
+            self._skipped_per_token = self._layers.skipped_flops_per_token()
+            totals.sparse_layers = self._layers.summaries()
         self._nonzero_parameters = self._nonzero_linear_parameters()
         state.final_loss = result.loss if result.is_finite else None
         row = {

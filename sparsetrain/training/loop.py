@@ -25,6 +25,7 @@ from sparsetrain.training.profiling import Profiler
 from sparsetrain.training.recorder import Recorder, record
 from sparsetrain.training.run_folder import OnExisting, RunFolder
 from sparsetrain.training.setup import build_engine, check_expert_memory, max_seq_len, measure_peak
+from sparsetrain.training.sparse_layers import SparseLayers
 from sparsetrain.training.sparse_phase import PhaseSparsity
 from sparsetrain.training.state import RunState
 from sparsetrain.training.step import train_step
@@ -106,7 +107,12 @@ def train_phase(
     record(_phase_started(run, plan, state))
     if state.phase_step == 0:
         state.current.eval_before = _evaluate(run, plan, state, record, "start")
-    accountant = Accountant(run.sparsity.current, phase_flops(run, plan.index), config.train, peak_flops)
+    layers = SparseLayers(
+        run.engine.module, run.sparsity.current, config, seq_len=plan.seq_len, device=run.world.device.type
+    )
+    for message in layers.notices():
+        record(Notice(message))
+    accountant = Accountant(run.sparsity.current, layers, phase_flops(run, plan.index), config.train, peak_flops)
     while state.phase_step < plan.num_steps:
         result = train_step(run.engine, run.sparsity.current, dataset, plan, config.train, state, run.world)
         record(StepDone(plan.phase.name, accountant.count(plan, state, result)))

@@ -24,6 +24,8 @@ class PhaseTotals:
     density: float = 1.0
     layer_density: dict[str, float] = field(default_factory=dict)
     """Of each weight that a rule owns, by name."""
+    sparse_layers: list[dict[str, Any]] = field(default_factory=list)
+    """`SparseLayerSummary`s in plain values."""
     eval_before: float | None = None
     """Held-out bits per byte before the first step."""
     eval_after: float | None = None

@@ -6,7 +6,14 @@ from sparsetrain.config import RunConfig
 from sparsetrain.planning.flops import ParameterCount
 from sparsetrain.training.metrics import Row, mfu
 from sparsetrain.training.state import PhaseTotals, RunState
-from sparsetrain.training.summary import ExpertSummary, PhaseSummary, RunSummary, StepTimes, measured_seconds_saved
+from sparsetrain.training.summary import (
+    ExpertSummary,
+    PhaseSummary,
+    RunSummary,
+    SparseLayerSummary,
+    StepTimes,
+    measured_seconds_saved,
+)
 
 
 def summarize(
@@ -87,6 +94,9 @@ def _phase(name: str, totals: PhaseTotals) -> PhaseSummary:
         eval_after=totals.eval_after,
         density=totals.density,
         layer_density=totals.layer_density,
+        sparse_layers=tuple(
+            SparseLayerSummary(**{**row, "shape": tuple(row["shape"])}) for row in totals.sparse_layers
+        ),
         train_flops=totals.train_flops,
         executed_flops=totals.executed_flops,
         dense_train_flops=totals.dense_train_flops,

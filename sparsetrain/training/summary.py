@@ -17,6 +17,29 @@ SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True)
+class SparseLayerSummary:
+    """Linear layers that are alike, and whose rule keeps zeros in a pattern that kernels can leave out."""
+
+    weights: str
+    """Their weights, * for the number of the layer."""
+    count: int
+    shape: tuple[int, int]
+    """Outputs and inputs of each."""
+    pattern: str
+    density: float
+    implementation: str
+    """What the dispatcher chose for their output, gradient of the input and gradient of the weight: once where it is
+    the same for all three."""
+    dense_seconds: float | None
+    """Of the three products of one layer and one micro-batch with dense kernels, by the times that the choice was made
+    from; None where nothing comparable was measured on this hardware."""
+    sparse_seconds: float | None
+    """The same for what was chosen."""
+    flops_skipped: float
+    """Share of their dense FLOPs that the kernels leave out."""
+
+
+@dataclass(frozen=True)
 class PhaseSummary:
     """What one phase came to; figures mean what they mean in RunSummary, over this phase alone."""
 
@@ -36,6 +59,8 @@ class PhaseSummary:
     dense_train_flops: float
     layer_density: Mapping[str, float] = field(default_factory=dict)
     """Density of each weight that a rule owns, by name, after the phase's last step."""
+    sparse_layers: tuple[SparseLayerSummary, ...] = ()
+    """How the layers ran in whose pattern kernels can leave out zeros."""
 
 
 @dataclass(frozen=True)
