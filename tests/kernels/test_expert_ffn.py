@@ -95,6 +95,7 @@ def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param:
         monkeypatch.setattr(blocks, "_FEWEST_ROWS", 5)
         monkeypatch.setattr(blocks, "_BLOCK_BYTES", 1)
+        monkeypatch.setattr(blocks, "TILE_ROWS", 1)
 
 
 @counts
@@ -267,3 +268,12 @@ def test_rounded_rows_repeat_their_experts_last_row_without_weight() -> None:
 def test_rows_are_rounded_only_where_products_are_compiled_for_their_shape() -> None:
     token_R, weight_R = torch.arange(5), torch.rand(5)
     assert round_rows(token_R, weight_R, [3, 2], torch.float32) == (token_R, weight_R, [3, 2], None)
+
+
+def test_blocks_are_whole_tiles_but_for_an_experts_last() -> None:
+    found = blocks.blocks([1000, 0, 70], 1070, row_bytes=2**20)
+    assert [(block.expert, block.rows, block.is_first) for block in found] == [
+        (0, slice(0, 512), True),
+        (0, slice(512, 1000), False),
+        (2, slice(1000, 1070), True),
+    ]

@@ -87,6 +87,16 @@ def test_sizes_of_several_tiles_and_few_rows_an_expert(device: str, activation: 
 
 
 @on_both
+def test_autocast_multiplies_in_bf16_and_returns_gradients_in_the_weights_dtype(device: str) -> None:
+    case = Case([33, 0, 17], "swiglu", bias=False, dim=20, ffn_dim=36)
+    inputs, dy_TD = case.inputs(torch.float32), random(case.num_tokens, case.dim, seed=5)
+    with torch.autocast(device, torch.bfloat16):
+        ours = on(device, case, moe_ffn, inputs, dy_TD)
+    assert [t.dtype for t in ours] == [torch.bfloat16, *[torch.float32] * 4]
+    assert_near(ours, gradients(case.moe(reference.moe_ffn), dy_TD, case.inputs()), 3e-2)
+
+
+@on_both
 @forms
 def test_expert_ffn_takes_rows_of_any_strides_and_expanded_gradients(device: str, activation: str, bias: bool) -> None:
     case = Case([33, 0, 7], activation, bias)
