@@ -43,6 +43,10 @@ _CONTROLLER_ENVIRONMENT = {
 }
 _RESIZE_EVERY_S = 300.0
 """How often an elastic run looks whether more workers fit: they cost it the steps since its last checkpoint."""
+_ELASTIC_START_TIMEOUT_S = 15.0
+_ELASTIC_STARTS_A_RESTART = 8
+"""Ray counts a node among those that workers fit on for up to a minute after it has gone: an elastic run does not wait
+for that node long, and asks again, and such waits are no restarts of the person's."""
 _PROCESS_ENVIRONMENT = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1"}
 """A group that has lost a rank never shuts down in order; Ray's default is to wait for that for 30 s."""
 
@@ -152,7 +156,9 @@ class _Run:
                 name=_RAY_FOLDER,
                 storage_path=str(task.log_folder),
                 failure_config=FailureConfig(
-                    max_failures=cluster.max_restarts, controller_failure_limit=cluster.max_restarts
+                    max_failures=cluster.max_restarts,
+                    controller_failure_limit=cluster.max_restarts
+                    + (_ELASTIC_STARTS_A_RESTART * (1 + cluster.max_restarts) if self._is_elastic else 0),
                 ),
                 callbacks=[FailurePolicy(self._hub)],
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._num_threads)}},
@@ -261,7 +267,10 @@ def _starting(request: Request, address: str) -> str:
 
 
 def _driver_environment(config: RunConfig, address: str) -> dict[str, str]:
-    variables = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(config.cluster.start_timeout_s)}
+    timeout_s = config.cluster.start_timeout_s
+    if config.cluster.min_workers is not None:
+        timeout_s = min(timeout_s, _ELASTIC_START_TIMEOUT_S)
+    variables = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(timeout_s)}
     if address == LOCAL:
         variables["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts a laptop; saves a process
     return {**_CONTROLLER_ENVIRONMENT, **variables}
