@@ -25,20 +25,23 @@ RULES = [
 ]
 
 
-def build() -> nn.Module:
+def build() -> nn.Sequential:
     """12 outputs over two ranks: the squares of a transposable mask are cut by the border between them."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 4)).double()
 
 
-def sharded(model: nn.Module) -> nn.Module:
+def sharded(model: nn.Sequential) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for linear in model[::2]:
         fully_shard(linear, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
-def train(rule: SparsityRule, wrap: Callable[[nn.Module], nn.Module]) -> tuple[list[float], list[float], Sparsifier]:
+def train(
+    rule: SparsityRule, wrap: Callable[[nn.Sequential], nn.Module]
+) -> tuple[list[float], list[float], Sparsifier]:
     """Losses and densities of every step, and the Sparsifier; the batch is the same on all ranks."""
     model = wrap(build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)

@@ -21,7 +21,37 @@ METHODS = ("ste", "sr_ste", "mdgf", "sdgf", "bdwp")
 PATTERNS = ("2:4", "1:8", "1:16")
 
 
-@case("nm_recipes", "held-out loss of n:m recipes at equal tokens over dense: STE, SR-STE, MdGf, SdGf, BDWP")
+def _plots(rows: Sequence[Row]) -> "dict[str, Figure]":
+    """Loss by pattern: for each method a line through the medians, and a mark for each seed."""
+    from statistics import median
+
+    from matplotlib.figure import Figure
+
+    dense = rows[0].ours
+    runs = {(row.details["method"], row.details["pattern"]): row.ours for row in rows[1:]}
+    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    patterns = [str(pattern) for pattern in dict.fromkeys(pattern for _, pattern in runs)]
+    axes.axhline(median(dense), color="#444444", linestyle="--", label="dense")
+    for colour, method in enumerate(METHODS):
+        places = [at + 0.1 * (colour - 2) for at in range(len(patterns))]
+        losses = [runs[method, pattern] for pattern in patterns]
+        axes.plot(places, [median(found) for found in losses], color=f"C{colour}", label=method)
+        for place, found in zip(places, losses, strict=True):
+            axes.scatter([place] * len(found), found, color=f"C{colour}", s=12)
+    axes.set_xticks(range(len(patterns)), patterns)
+    axes.set_ylabel("held-out bits per byte")
+    axes.set_title(f"n:m recipes after {STEPS * BATCH_TOKENS:,} tokens, {len(dense)} seeds", loc="left", fontsize=11)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return {"nm_recipes": figure}
+
+
+@case(
+    "nm_recipes",
+    "held-out loss of n:m recipes at equal tokens over dense: STE, SR-STE, MdGf, SdGf, BDWP",
+    plots=_plots,
+)
 def nm_recipes(bench: Bench) -> Iterator[Row]:
     seeds, steps, patterns = (1, 16, PATTERNS[:2]) if bench.quick else (3, STEPS, PATTERNS)
     runs: dict[tuple[str, str], list[float]] = {("dense", "dense"): []}
@@ -33,16 +63,18 @@ def nm_recipes(bench: Bench) -> Iterator[Row]:
                 losses.append(_train(_config(Path(folder) / f"{name}-{seed}", method, pattern, seed, steps)))
     dense = runs.pop(("dense", "dense"))
     tokens = steps * BATCH_TOKENS
-    yield Row("dense", dense, unit="bits/byte", note=f"held out, after {tokens:,} tokens", details={"method": "dense"})
+    yield Row(
+        "dense",
+        dense,
+        unit="bits/byte",
+        note=f"held out, after {tokens:,} tokens",
+        details={"method": "dense", "pattern": "dense"},
+    )
     for (method, pattern), losses in runs.items():
         excess = sorted(ours - base for ours, base in zip(losses, dense, strict=True))
         note = f"{excess[len(excess) // 2]:+.3f} bits/byte over dense"
         details = {"method": method, "pattern": pattern}
         yield Row(f"{method} {pattern}", losses, dense, "dense", unit="bits/byte", note=note, details=details)
-    if bench.figures is not None:
-        path = bench.figures / "nm_recipes.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _draw(dense, runs, tokens).savefig(path)
 
 
 def _train(config: RunConfig) -> float:
@@ -77,27 +109,3 @@ def _config(output: Path, method: str, pattern: str, seed: int, steps: int) -> R
             "output": str(output),
         }
     )
-
-
-def _draw(dense: Sequence[float], runs: dict[tuple[str, str], list[float]], tokens: int) -> "Figure":
-    """Loss by pattern: for each method a line through the medians, and a mark for each seed."""
-    from statistics import median
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    patterns = list(dict.fromkeys(pattern for _, pattern in runs))
-    axes.axhline(median(dense), color="#444444", linestyle="--", label="dense")
-    for colour, method in enumerate(METHODS):
-        places = [at + 0.1 * (colour - 2) for at in range(len(patterns))]
-        losses = [runs[method, pattern] for pattern in patterns]
-        axes.plot(places, [median(found) for found in losses], color=f"C{colour}", label=method)
-        for place, found in zip(places, losses, strict=True):
-            axes.scatter([place] * len(found), found, color=f"C{colour}", s=12)
-    axes.set_xticks(range(len(patterns)), patterns)
-    axes.set_ylabel("held-out bits per byte")
-    axes.set_title(f"n:m recipes after {tokens:,} tokens, {len(dense)} seeds", loc="left", fontsize=11)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
