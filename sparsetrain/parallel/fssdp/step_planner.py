@@ -180,7 +180,7 @@ class StepPlanner:
         groups, passes = store.groups, max(1.0, total.calls / total.ranks / store.num_layers)
         rows_LE = mean_LE / passes / groups.num_groups  # of a pass, in one expert group
         runtime.placements = [
-            fastest_placement(rows_E, alone, others, runtime.topology, runtime.cost, method=options.dispatch)
+            fastest_placement(rows_E, alone, others, runtime.cost)
             for rows_E, alone, *others in zip(rows_LE, owned, *tried, strict=True)
         ]
 

@@ -24,6 +24,7 @@ from sparsetrain.moe.placement import (
     returned_bytes,
     slots_to_try,
 )
+from sparsetrain.moe.placement.slots import fullest_rows
 
 COSTS = CostModel(row_s=1e-6, expert_bytes=10_000, byte_s=1e-9, free_s=50e-6)
 
@@ -86,12 +87,12 @@ ONE_SLOT, TWO_SLOTS = holders((0, 2), (0, 3)), holders((0, 2), (0, 3), (2, 3), (
     ],
 )
 def test_slots_are_filled_while_they_pay(free_s, expected):
-    alone, topology = holders(), Topology(4, 4)
+    alone = holders()
     cost = CostModel(1e-6, 10_000, 1e-9, free_s) if free_s >= 0 else CostModel(1e-6, 10_000, 1e-7, 0.0)
-    found = fastest_placement(ROWS_E, alone, [ONE_SLOT, TWO_SLOTS], topology, cost)
+    found = fastest_placement(ROWS_E, alone, [ONE_SLOT, TWO_SLOTS], cost)
     assert found is [alone, ONE_SLOT, TWO_SLOTS][expected]
     even = np.full(8, 200.0)
-    assert fastest_placement(even, alone, [ONE_SLOT, TWO_SLOTS], topology, cost) is alone
+    assert fastest_placement(even, alone, [ONE_SLOT, TWO_SLOTS], cost) is alone
 
 
 def test_a_second_slot_is_filled_where_one_is_not_enough():
@@ -104,8 +105,22 @@ def test_a_second_slot_is_filled_where_one_is_not_enough():
         counts_SE = np.tile(rows_E.astype(np.int64) // 4, (4, 1))
         rows = float(dispatch(counts_SE, placement, topology).load_D.max())
         seconds[at] = cost.layer_s(rows, most_replicas(placement))
-    found = fastest_placement(rows_E, alone, tried, topology, cost)
+    found = fastest_placement(rows_E, alone, tried, cost)
     assert found is [alone, *tried][min(seconds, key=lambda at: seconds[at])] is not alone
+
+
+@pytest.mark.parametrize("num_devices", [4, 16])
+@pytest.mark.parametrize("exponent", [0.5, 1.5])
+def test_dispatching_comes_close_to_the_rows_that_slots_are_chosen_by(num_devices, exponent):
+    topology, rows_E = (
+        Topology(num_devices, 4),
+        np.random.default_rng(5).permutation(1e6 / np.arange(1, 33) ** exponent),
+    )
+    owner_E = own_evenly(1, 32, num_devices)[0]
+    placement = materialise(rows_E, owner_E, topology, slots=2)
+    counts_SE = np.tile(np.rint(rows_E / num_devices).astype(np.int64), (num_devices, 1))
+    rows = float(dispatch(counts_SE, placement, topology).load_D.max())
+    assert fullest_rows(rows_E, placement) * (1 - 1e-3) <= rows <= 1.05 * fullest_rows(rows_E, placement)
 
 
 def test_numbers_of_slots_to_try_are_few():
