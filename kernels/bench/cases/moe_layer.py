@@ -122,7 +122,9 @@ def bare_products(precision: str) -> Step:
     rows, in_dim = TOKENS * TOP_K // NUM_EXPERTS, 2 * FFN_DIM
     shapes = {"x": (rows, DIM), "h": (rows, in_dim), "a": (rows, FFN_DIM), "y": (rows, DIM)}
     shapes |= {"w_in": (in_dim, DIM), "w_out": (DIM, FFN_DIM), "dw_in": (in_dim, DIM), "dw_out": (DIM, FFN_DIM)}
-    experts = [{name: torch.empty(shape, dtype=dtype).zero_() for name, shape in shapes.items()} for _ in range(NUM_EXPERTS)]
+    experts = [
+        {name: torch.empty(shape, dtype=dtype).zero_() for name, shape in shapes.items()} for _ in range(NUM_EXPERTS)
+    ]
 
     def step() -> None:
         for of in experts:
