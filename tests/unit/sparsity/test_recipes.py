@@ -335,3 +335,25 @@ def test_a_pattern_that_does_not_fit_is_told_with_the_weight() -> None:
         Sparsifier([rule("ste")]).attach(nn.Bilinear(8, 8, 8), None)
     with pytest.raises(ConfigError, match=r"method=mdgf is placed on a known number of steps: pass total_steps"):
         Sparsifier([rule("mdgf")])
+
+
+def test_a_phase_that_keeps_the_masks_trains_n_of_m_and_a_dense_one_frees_them() -> None:
+    model = layer()
+    optimizer = SGD(model.parameters(), lr=LR)
+    first = Sparsifier([rule("sr_ste")]).attach(model, optimizer)
+    for x in batches(3):
+        step(model, optimizer, x)
+    first.fold()
+    masks = first.masks()
+    kept = Sparsifier([rule("sr_ste")], hold=True).attach(model, optimizer, masks=masks)
+    for x in batches(3):
+        step(model, optimizer, x)
+
+    assert torch.equal(kept.masks()["weight"], masks["weight"])
+    assert torch.equal(model.weight != 0, masks["weight"])
+
+    kept.fold()
+    Sparsifier(()).attach(model, optimizer)
+    step(model, optimizer, batches(1)[0])
+
+    assert (model.weight != 0).all()
