@@ -30,7 +30,8 @@ class FssdpConfig(Section):
     spare_slots: Int = Field(default=1, ge=0)
     """Replicas that a rank may hold of each layer; 0 is expert parallelism."""
     hot_experts: Int | None = Field(default=None, ge=0)
-    """Experts of a layer that may have replicas; null: as many as help."""
+    """Experts of a layer that may have replicas; null: as many as help, or with placement=paper and replan=auto, as the
+    paper does, as many as are measured to travel while attention computes."""
     forecast_steps: Int = Field(default=5, gt=0)
     """Steps whose mean load stands for that of the next one."""
     reshard_every_steps: Int = Field(default=100, ge=0)

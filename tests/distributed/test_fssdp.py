@@ -220,6 +220,21 @@ def check_slots_follow_measured_costs() -> None:
     assert runtime.store.traffic.moved == 0
 
 
+def check_the_paper_measures_how_many_experts_travel() -> None:
+    model = Model()
+    parallelize(model, experts="fssdp", options=FssdpConfig(placement="paper", reshard_every_steps=0), shard=None)
+    (runtime,) = runtimes_of(model)
+    planner, found = StepPlanner(runtime), []
+    for byte_s in (1e-12, 1e-3):
+        planner._byte_s = byte_s
+        measured = Measured(expert_s=1.0, rows=640.0, layer_s=1.0, model_s=2.0, calls=4.0, ranks=2.0)
+        planner.plan(np.array([[90, 60, 5, 5]] * 2), measured, None)
+        found.append((runtime.hot_experts, sum(placement.num_replicas for placement in runtime.placements)))
+    assert found[0][0] == NUM_EXPERTS
+    assert found[0][1] > 0
+    assert found[1] == (0, 0)
+
+
 def check_bf16_autocast() -> None:
     oracle, model = Model().float(), spread(Model().float())
     x = inputs([300, 200], 0).float()
@@ -236,6 +251,7 @@ def check_all() -> None:
     check_replicas_of_old_weights_are_not_used()
     check_all_tokens_to_one_rank()
     check_slots_follow_measured_costs()
+    check_the_paper_measures_how_many_experts_travel()
     for rematerialise in (False, True):
         check_peak_of_replicas(rematerialise=rematerialise)
     for overflow in ("drop", "pad"):
