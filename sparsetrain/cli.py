@@ -245,6 +245,21 @@ def evaluate(run: RunFolderPath) -> None:
 
 
 @app.command()
+def export(
+    run: RunFolderPath,
+    to: Annotated[Path, typer.Option(metavar="FILE", help="The file to write: model.safetensors", show_default=False)],
+    names: Annotated[
+        Literal["hugging-face", "ours"], typer.Option(help="Whose names the weights have, and whose shapes.")
+    ] = "hugging-face",
+) -> None:
+    """Write the weights of a run's last checkpoint into one file, zeros in place."""
+    from sparsetrain.training import export_run
+
+    total, nonzero = export_run(run, to, names=names)
+    typer.echo(f"{to}: {total} weights, {nonzero} of them not zero")
+
+
+@app.command()
 def generate(
     run: RunFolderPath,
     prompt: Annotated[str, typer.Option(help="Text to go on from.", show_default=False)],

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsetrain.training.checks import preflight
+    from sparsetrain.training.export import export_run
     from sparsetrain.training.loop import train
     from sparsetrain.training.trained import TrainedRun, evaluate_run, generate_text
 
-__all__ = ["TrainedRun", "evaluate_run", "generate_text", "preflight", "train"]
+__all__ = ["TrainedRun", "evaluate_run", "export_run", "generate_text", "preflight", "train"]
 
 _HOME = {
     "TrainedRun": "sparsetrain.training.trained",
     "evaluate_run": "sparsetrain.training.trained",
+    "export_run": "sparsetrain.training.export",
     "generate_text": "sparsetrain.training.trained",
     "preflight": "sparsetrain.training.checks",
     "train": "sparsetrain.training.loop",

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sparsetrain_kernels import dispatch
+from typer.testing import CliRunner
 
+from sparsetrain.cli import app
+from sparsetrain.errors import RunFolderError
 from sparsetrain.models.sparse_linear import PRODUCTS
-from sparsetrain.training import TrainedRun, train
+from sparsetrain.training import TrainedRun, export_run, train
 from sparsetrain.training.events import Event, Notice
 from sparsetrain.training.summary import RunSummary
 from tests.training_runs import losses_of, tiny_config, write_corpus
@@ -97,3 +101,21 @@ def test_a_pattern_without_a_kernel_runs_masked_dense_and_says_so_once(folder: P
         "layers.1.moe.experts.0.down and 5 more",
     ]
     assert summary.phases[0].density == 0.5
+
+
+def test_a_run_is_exported_with_its_zeros_in_place(folder: Path) -> None:
+    path, summary, _ = run(folder, "exported", "vector[16] 1:4", 2.0, train__phases=[])
+    to = folder / "out" / "model.safetensors"
+    exported = CliRunner().invoke(app, ["export", str(path), "--to", str(to)])
+    weights, ours = load_file(to), TrainedRun.load(path).model.state_dict()
+    total, nonzero = (sum(map(count, weights.values())) for count in (torch.numel, torch.count_nonzero))
+    assert exported.output == f"{to}: {total} weights, {nonzero} of them not zero\n"
+    gate = weights["model.layers.1.mlp.gate_proj.weight"]
+    assert torch.equal(gate, ours["layers.1.ffn.gate.weight"])
+    assert gate.count_nonzero() == gate.numel() // 4 == summary.phases[0].density * gate.numel()
+    again = CliRunner().invoke(app, ["export", str(path), "--to", str(to)])
+    assert again.exit_code == 2
+    with pytest.raises(RunFolderError, match="exists already; name another file"):
+        export_run(path, to)
+    with pytest.raises(RunFolderError, match="name a file that ends in"):
+        export_run(path, folder / "model.bin")

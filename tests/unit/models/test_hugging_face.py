@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.models import Transformer, initialize_
+from sparsetrain.models.hugging_face import to_hugging_face
 from sparsetrain.testing import assert_close
 
 transformers = pytest.importorskip("transformers")
@@ -14,17 +14,6 @@ VOCAB, SEQ_LEN = 192, 96
 LLAMA = {"dim": 64, "num_layers": 2, "num_heads": 4, "ffn_dim": 160}
 # Relative to the largest entry: rounding of sums in another order. A wrong formula is off by far more.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn.gate": "mlp.gate_proj",
-    "ffn.up": "mlp.up_proj",
-    "ffn.down": "mlp.down_proj",
-}
 
 
 def hugging_face_llama(config: ModelConfig) -> torch.nn.Module:
@@ -68,47 +57,18 @@ def hugging_face_gpt2(config: ModelConfig) -> torch.nn.Module:
     )
 
 
-def as_llama(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to those of LlamaForCausalLM."""
-    theirs = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
-    renamed = {}
-    for name, tensor in ours.items():
-        if name.startswith("layers."):
-            _, layer, rest = name.split(".", 2)
-            name = f"model.layers.{layer}.{BLOCK[rest.removesuffix('.weight')]}.weight"
-        renamed[theirs.get(name, name.replace("head.weight", "lm_head.weight"))] = tensor
-    return renamed
-
-
-def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to those of GPT2LMHeadModel, whose matrices are transposed and whose q, k and v are one."""
-    renamed = {"transformer.wte.weight": ours["embed.weight"], "transformer.wpe.weight": ours["positions.weight"]}
-    for kind in ("weight", "bias"):
-        renamed[f"transformer.ln_f.{kind}"] = ours[f"norm.{kind}"]
-        for i in range(2):
-            layer, block = f"layers.{i}", f"transformer.h.{i}"
-            qkv = torch.cat([ours[f"{layer}.attention.{part}.{kind}"] for part in "qkv"])
-            renamed[f"{block}.attn.c_attn.{kind}"] = qkv.T if kind == "weight" else qkv
-            renamed[f"{block}.ln_1.{kind}"] = ours[f"{layer}.attention_norm.{kind}"]
-            renamed[f"{block}.ln_2.{kind}"] = ours[f"{layer}.ffn_norm.{kind}"]
-            for theirs, name in (("attn.c_proj", "attention.o"), ("mlp.c_fc", "ffn.up"), ("mlp.c_proj", "ffn.down")):
-                tensor = ours[f"{layer}.{name}.{kind}"]
-                renamed[f"{block}.{theirs}.{kind}"] = tensor.T if kind == "weight" else tensor
-    return renamed
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(
-    ("config", "peer", "rename"),
+    ("config", "peer"),
     [
-        (ModelConfig(**LLAMA), hugging_face_llama, as_llama),
-        (ModelConfig(**LLAMA, num_kv_heads=2, rope_theta=500.0), hugging_face_llama, as_llama),
-        (ModelConfig(**LLAMA, num_kv_heads=1, tie_embeddings=True), hugging_face_llama, as_llama),
-        (ModelConfig(arch="gpt2", dim=64, num_layers=2, num_heads=4), hugging_face_gpt2, as_gpt2),
+        (ModelConfig(**LLAMA), hugging_face_llama),
+        (ModelConfig(**LLAMA, num_kv_heads=2, rope_theta=500.0), hugging_face_llama),
+        (ModelConfig(**LLAMA, num_kv_heads=1, tie_embeddings=True), hugging_face_llama),
+        (ModelConfig(arch="gpt2", dim=64, num_layers=2, num_heads=4), hugging_face_gpt2),
     ],
     ids=["llama", "llama-gqa", "llama-mqa-tied", "gpt2"],
 )
-def test_logits_loss_and_gradients_equal_hugging_face(config, peer, rename, dtype):
+def test_logits_loss_and_gradients_equal_hugging_face(config, peer, dtype):
     config = config.model_copy(update={"init_std": 0.2})  # far from linear, so that every part matters
     model = Transformer(config, VOCAB, SEQ_LEN)
     initialize_(model, config, seed=1)
@@ -118,7 +78,7 @@ def test_logits_loss_and_gradients_equal_hugging_face(config, peer, rename, dtyp
             parameter += 0.1 * torch.randn(parameter.shape)  # norms and biases too
     model = model.to(dtype)
     theirs = peer(config).to(dtype).train()
-    missing, unexpected = theirs.load_state_dict(rename(dict(model.named_parameters())), strict=False)
+    missing, unexpected = theirs.load_state_dict(to_hugging_face(config, model.state_dict()), strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
 
@@ -132,7 +92,7 @@ def test_logits_loss_and_gradients_equal_hugging_face(config, peer, rename, dtyp
     loss.backward()
 
     pairs = [(model(tokens), expected), (loss, expected_loss)]
-    gradients = rename({name: parameter.grad for name, parameter in model.named_parameters()})
+    gradients = to_hugging_face(config, {name: parameter.grad for name, parameter in model.named_parameters()})
     pairs += [(gradients[name], parameter.grad) for name, parameter in theirs.named_parameters()]
     for actual, wanted in pairs:
         largest = wanted.abs().max()

@@ -1,0 +1,62 @@
+"""A whole training step of a model that is mostly feed-forward, 75 % of it zero, over the same model dense.
+
+Both sides are our decoder with fused AdamW on random tokens, each in a process of its own; attention, embedding, loss
+and optimizer are in the figure, and do not become faster. Masks stay where they are, as between two prunings.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import product
+
+import torch
+
+from bench.registry import AtLeast, Bench, Row, case
+from bench.workers import Step, Worker
+from sparsetrain.config.model import ModelConfig
+from sparsetrain.config.run import OptimizerConfig
+from sparsetrain.config.sparsity import SparsityRule
+
+CONFIG = ModelConfig(dim=512, num_layers=4, num_heads=8, ffn_dim=4096)
+VOCAB, BATCH, SEQ_LEN = 2048, 4, 256
+PATTERNS = ("block[64,64]", "vector 1:4")
+
+
+@case("sparse_train_step", "training step, 75 % of the FFN zero (4 layers, d 512, FFN 4096, 4x256 tokens)")
+def sparse_train_step(bench: Bench) -> Iterator[Row]:
+    for precision, pattern in product(("fp32", "bf16"), PATTERNS):
+        with ExitStack() as workers:
+            ours, dense = (
+                workers.enter_context(Worker(step, precision, rule, num_threads=bench.num_threads))
+                for rule in (pattern, None)
+            )
+            yield bench.compare(
+                f"step {pattern} {precision}", ours=ours, peer=dense, peer_name="dense", target=AtLeast(1.5)
+            )
+
+
+def step(precision: str, pattern: str | None) -> Step:
+    """Forward, backward and AdamW, set up as the training engine does; pattern None: dense."""
+    from sparsetrain.engines.allocator import keep_freed_memory
+    from sparsetrain.engines.optimizer import build_optimizer
+    from sparsetrain.models import Transformer, initialize_, use_sparse_linears
+    from sparsetrain.sparsity import Sparsifier
+
+    keep_freed_memory()
+    model = Transformer(CONFIG, VOCAB, SEQ_LEN)
+    initialize_(model, CONFIG, seed=0)
+    use_sparse_linears(model)
+    optimizer = build_optimizer(model, OptimizerConfig(), torch.device("cpu"))
+    if pattern is not None:
+        rule = SparsityRule(params="*.ffn.*", method="static", pattern=pattern, sparsity=0.75)
+        Sparsifier([rule]).attach(model, optimizer)
+    tokens = torch.randint(VOCAB, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, dims=1)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(tokens, targets) / targets.numel()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
