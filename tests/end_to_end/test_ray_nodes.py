@@ -1,5 +1,6 @@
 """Training across the nodes of a Ray cluster: four Ray nodes on this machine, three of which can hold workers."""
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
+from rich.console import Console
 
-from sparsetrain.cluster import run_on_ray
+from sparsetrain.cluster import check_cluster, run_on_ray
+from sparsetrain.cluster.packages import find_packages
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.training import train
 from sparsetrain.training.events import CheckpointSaved, Event, Notice, RunStarted
@@ -82,6 +85,17 @@ def nodes_of_ranks(config: RunConfig, count: int) -> list[str]:
     ]
 
 
+def test_a_checkup_sees_every_node_and_finds_nothing_wrong(cluster: Cluster) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    assert check_cluster(cluster.address, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "4 nodes" in text
+    assert text.count("2 CPUs, no GPU") == 3
+    assert f"sources {find_packages().digest[:12]}" in text
+    assert "no problems found" in text
+
+
 @pytest.mark.parametrize(
     ("experts", "layout", "nodes"),
     [
@@ -106,6 +120,11 @@ def test_experts_over_nodes_have_the_losses_of_one_process(
     assert re.search(rf"^{len(placed)} ranks on {len(nodes)} nodes \({nodes[0]} on .*\), connected over \S+$", told)
 
 
+def kill_node(cluster: Cluster, node_id: str) -> None:
+    (node,) = [node for node in cluster.worker_nodes if node.node_id == node_id]
+    cluster.remove_node(node, allow_graceful=False)
+
+
 def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_path: Path) -> None:
     dense = ("train.batch_tokens=256", "train.tokens=7680", "checkpoint.every_steps=5")
     expected = same_in_one_process(tmp_path / "alone", *dense)
@@ -117,13 +136,12 @@ def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_pat
         events.append(event)
         if isinstance(event, CheckpointSaved) and not killed:
             killed.append(nodes_of_ranks(config, 1)[0])
-            (node,) = [node for node in cluster.worker_nodes if node.node_id == killed[0]]
-            cluster.remove_node(node, allow_graceful=False)
+            kill_node(cluster, killed[0])
 
     summary: dict[str, Any] = run_on_ray(config, address=cluster.address, reporter=watch)
     (warning,) = [event.message for event in events if isinstance(event, Notice) and event.level == "warning"]
     assert re.search(r"worker rank \d (died|was on a node that died|lost its connection)", warning)
-    resumed = [event.resumed_from_step for event in events if isinstance(event, RunStarted)]
+    resumed = [event.resumed_from_step for event in started(events)]
     before = events[: events.index(Notice(warning, "warning"))]
     saved = [event.step for event in before if isinstance(event, CheckpointSaved)]
     assert resumed[0] is None
@@ -132,3 +150,7 @@ def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_pat
     assert killed[0] not in nodes_of_ranks(config, 2)
     assert losses(config) == pytest.approx(expected, rel=5e-6)
     assert summary["final_loss"] == pytest.approx(expected[-1], rel=5e-6)
+
+
+def started(events: list[Event]) -> list[RunStarted]:
+    return [event for event in events if isinstance(event, RunStarted)]
