@@ -39,8 +39,9 @@ def assert_alike(curves: dict[str, Curve]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_zero_stage_trains_as_torch_does_on_two_ranks() -> None:
-    found = run_distributed(train_kinds, 2, KINDS, timeout_s=290)[0]
+    found = run_distributed(train_kinds, 2, KINDS, timeout_s=580)[0]
 
     for kind in KINDS:
         assert len(found[kind]) == len(available_layouts(kind))
@@ -52,9 +53,10 @@ def test_every_zero_stage_trains_as_torch_does_on_two_ranks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_four_ranks_train_alike() -> None:
     only = ("torch, DDP", "deepspeed, ZeRO-2", "deepspeed, ZeRO-3", "deepspeed, ZeRO-3, fssdp")
-    found = run_distributed(train_kinds, 4, ("sparse", "moe"), only, timeout_s=290)[0]
+    found = run_distributed(train_kinds, 4, ("sparse", "moe"), only, timeout_s=580)[0]
 
     for curves in found.values():
         assert_alike(curves)
@@ -122,10 +124,11 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_goes_from_engine_to_engine_with_its_optimizer_state(alone: Path) -> None:
     folder = beside(alone, "moving")
     stages = [("torch", 3), ("zero-3", 5), ("full", 7), ("zero-1", 9), ("zero-2", 11), ("torch", 0)]
-    run_distributed(train_stages, 2, folder, "run", stages, timeout_s=290)
+    run_distributed(train_stages, 2, folder, "run", stages, timeout_s=580)
 
     assert_same_run(folder / "run", alone / "run")
 
@@ -138,9 +141,10 @@ def test_one_process_trains_on_deepspeed_twice_and_goes_on_with_torch(alone: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_bf16_and_activation_checkpointing_compute_what_they_do_on_torch(alone: Path) -> None:
     folder = beside(alone, "settings")
-    run_distributed(train_settings, 2, folder, timeout_s=290)
+    run_distributed(train_settings, 2, folder, timeout_s=580)
 
     expected = [row["loss"] for row in rows_of(folder / "bf16-torch")]
     assert [row["loss"] for row in rows_of(folder / "bf16-zero-3")] == pytest.approx(expected, abs=5e-3)
