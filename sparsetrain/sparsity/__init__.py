@@ -1,7 +1,7 @@
 """Which weights are zero, and when: patterns, criteria, distributions, schedules and methods, exact over shards.
 
 Read in this order: sparsifier (the whole), matching, schedules and windows (when), choose, distributions, keys and
-selection (which), methods, zeroing.
+selection (which), methods, zeroing; recipe_schedules and forward_masks (n:m recipes).
 """
 
 from sparsetrain.sparsity.matching import Parameter, describe_parameters, match_rules
