@@ -2,7 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 JOBS   ?= 2
-EXTRAS ?= ray,hf,dev
+EXTRAS ?= ray,hf,deepspeed,dev
 
 # The environment's own tools first, and every cache inside it: nothing is written into the home folder.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -22,14 +22,15 @@ help: ## Show this list
 
 setup: $(READY) ## Build the environment in $(VENV), if it is missing or older than pyproject.toml or constraints.txt
 
-# torch comes first and alone, so that pip settles on the pinned build before anything else asks for it.
+# torch comes first and alone, so that pip settles on the pinned build before anything else asks for it. DeepSpeed builds with
+# what is there, and none of its C++ ahead of time.
 $(READY): pyproject.toml constraints.txt
 	@echo "Building the environment in $(VENV): a few minutes, once."
 	@$(PYTHON) -c 'import sys; sys.exit("sparsetrain needs Python >= 3.11, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --constraint constraints.txt torch
-	@$(PIP) install --constraint constraints.txt hatchling editables
-	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
+	@$(PIP) install --constraint constraints.txt hatchling editables setuptools
+	@DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation --editable ".[$(EXTRAS)]"
 	@$(PIP) check
 	@touch $@
 
