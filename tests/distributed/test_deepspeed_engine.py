@@ -49,7 +49,7 @@ def test_every_zero_stage_trains_as_torch_does_on_two_ranks() -> None:
     curve = found["sparse"]["deepspeed, ZeRO-3"]
     assert curve.loss[-1] < curve.loss[0] - 0.1
     assert len(set(curve.masks)) > 5, "the masks did not move"
-    assert min(curve.grad_norm) > 0.5, "clipping had nothing to do"
+    assert max(curve.grad_norm) > 0.5, "clipping had nothing to do"
 
 
 @pytest.mark.slow
