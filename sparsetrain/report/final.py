@@ -35,6 +35,9 @@ def print_summary(folder: Path, console: Console) -> None:
     console.print()
     console.print(_phases(summary))
     console.print(_figures(summary, times))
+    for phase in summary.phases:
+        if phase.sparse_layers:
+            console.print(_sparse_layers(phase))
     if summary.sample:
         console.print(Padding(Text("what it writes now", style="dim"), (1, 0, 0, 1)))
         console.print(Padding(Text(_excerpt(summary.sample), style="cyan"), (0, 0, 0, 3)))
@@ -59,6 +62,26 @@ def _phases(summary: RunSummary) -> Table:
             Text.assemble(f"{number(phase.eval_before, '.3f')} → ", (number(phase.eval_after, ".3f"), "bold")),
             number(phase.density, ".3f"),
             _saved(phase),
+        )
+    return table
+
+
+def _sparse_layers(phase: PhaseSummary) -> Table:
+    """Which kernels multiplied with zeros in place, and what that spared."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1))
+    table.add_column(f" zeros in {phase.name}")
+    for name in ("pattern", "kernel", "dense", "chosen", "skipped"):
+        table.add_column(name, justify="right")
+    for row in phase.sparse_layers:
+        table.add_row(
+            f" {row.count} x {row.weights.removesuffix('.weight')}",
+            row.pattern,
+            row.implementation,
+            *(
+                MISSING if seconds is None else f"{1e3 * seconds:.3g} ms"
+                for seconds in (row.dense_seconds, row.sparse_seconds)
+            ),
+            percent(row.flops_skipped),
         )
     return table
 

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from sparsetrain.errors import RunFolderError
 from sparsetrain.report.expert_load import LOAD_PLOT_FILE
 from sparsetrain.report.final import print_summary
 from sparsetrain.report.plot import PLOT_FILE
-from sparsetrain.training.summary import ExpertSummary
+from sparsetrain.training.summary import ExpertSummary, SparseLayerSummary
 
 
 def printed(folder, console) -> list[str]:
@@ -124,3 +126,17 @@ def test_what_sparse_attention_saves_is_told_apart_from_zeros(make_run, make_sum
     assert "sparse attention saves 10.0 % of the 100T FLOPs with dense attention" in lines
     assert f"who sees what {folder / 'attention_layouts.png'}" in lines
     assert "seconds saved, measured none: no weight was zero" in lines
+
+
+def test_sparse_layers_have_their_kernels_and_times_told(make_run, make_summary, console):
+    sparse, dense = make_summary().phases
+    row = SparseLayerSummary(
+        "layers.*.ffn.up.weight", 4, (512, 128), "block[64,64]", 0.25, "gather", 0.012, 0.005, 0.75
+    )
+    unknown = replace(row, weights="layers.*.ffn.down.weight", dense_seconds=None, sparse_seconds=None)
+    folder = make_run()
+    make_summary(phases=(replace(sparse, sparse_layers=(row, unknown)), dense)).save(folder)
+    lines = printed(folder, console)
+    assert "zeros in sparse-pretrain pattern kernel dense chosen skipped" in lines
+    assert "4 x layers.*.ffn.up block[64,64] gather 12 ms 5 ms 75.0 %" in lines
+    assert "4 x layers.*.ffn.down block[64,64] gather – – 75.0 %" in lines
