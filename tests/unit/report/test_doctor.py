@@ -61,7 +61,7 @@ def test_cpu_machine_is_described_with_what_a_run_will_use(monkeypatch):
         "torch.compile /usr/bin/g++; only with train.compile=true",
         "workers Ray, or this process with --in-process",
         "found python 3.11.7, torch 2.13.0, ray 2.60.0, deepspeed 0.19.8",
-            "engines torch, or DeepSpeed 0.19.8 with parallel.engine=deepspeed",
+        "engines torch, or DeepSpeed 0.19.8 with parallel.engine=deepspeed",
         "no problems found",
     ):
         assert line in lines
