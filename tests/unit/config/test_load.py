@@ -210,7 +210,8 @@ train:
         pytest.param(
             '"*.ffn.*"',
             '"*.ffn.*"\n    pattern: blocks',
-            "pattern = blocks: expected unstructured, n:m, for example 2:4, or block[rows,cols]",
+            "pattern = blocks: expected unstructured, block[rows,cols], n:m or vector n:m, "
+            "for example block[64,64], 2:4 or vector 1:4",
             id="pattern",
         ),
     ],
