@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsetrain.cluster.resources import Request
 from sparsetrain.cluster.session import check_reachable, ray_session, resolve_address
 from sparsetrain.errors import ClusterError
 
-_ANSWER_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 30.0
 _CLOCK_SAMPLES = 5
 _LARGEST_CLOCK_SKEW_S = 1.0
 """More, and the times in logs and checkpoints of different nodes cannot be put in order."""
@@ -38,7 +38,6 @@ class NodeReport:
 
     name: str
     """Its address and its host's name."""
-    ip: str
     interface: str
     """The network interface that has this address; empty where none has."""
     versions: dict[str, str]
@@ -149,40 +148,62 @@ def _probes(nodes: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
 
 def _question(nodes: Sequence[dict[str, Any]], probes: Sequence[Any]) -> tuple[list[NodeReport], list[Problem]]:
     """Ask all nodes at once; a node that does not answer is a problem."""
-    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
-    asked = [(probe.address.remote(), probe.versions.remote(), probe.gpus.remote()) for probe in probes]
-    listening = probes[0].listen.remote()
-    reports: list[NodeReport] = []
-    problems: list[Problem] = []
-    for node, probe, questions in zip(nodes, probes, asked, strict=True):
+    silent: dict[int, Problem] = {}
+    facts = _answers(
+        nodes,
+        {
+            at: [probe.address.remote(), probe.versions.remote(), probe.gpus.remote(), probe.listen.remote()]
+            for at, probe in enumerate(probes)
+        },
+        silent,
+    )
+    if not facts:
+        raise ClusterError(f"no node of the cluster answers; the first one: {silent[0].node}, {silent[0].what}")
+    place, *_, port = next(iter(facts.values()))
+    reached = _answers(nodes, {at: [probes[at].reaches.remote(place["ip"], port)] for at in facts}, silent)
+    reports = []
+    for at, (cannot_reach,) in reached.items():
         try:
-            place, versions, gpus = ray.get(list(questions), timeout=max(1.0, deadline - time.monotonic()))
-            first_ip = reports[0].ip if reports else place["ip"]
-            cannot_reach = ray.get(probe.reaches.remote(first_ip, ray.get(listening, timeout=10)), timeout=10)
-            skew, error = _clock_skew(probe)
+            skew, error = _clock_skew(probes[at])
         except (GetTimeoutError, RayError) as failure:
-            why = "it did not answer in time" if isinstance(failure, GetTimeoutError) else str(failure).splitlines()[0]
-            name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
-            problems.append(Problem(name, why, "look at Ray's logs there, and start Ray again"))
+            silent[at] = _no_answer(nodes[at], failure)
             continue
+        place, versions, gpus, _ = facts[at]
         reports.append(
             NodeReport(
                 name=f"{place['ip']} ({place['host']})",
-                ip=place["ip"],
                 interface=place["interface"],
                 versions={**versions, "cuda": gpus["cuda"]},
-                cpus=node["Resources"].get("CPU", 0),
+                cpus=nodes[at]["Resources"].get("CPU", 0),
                 gpus=gpus["count"],
-                gpus_of_ray=node["Resources"].get("GPU", 0),
+                gpus_of_ray=nodes[at]["Resources"].get("GPU", 0),
                 gpu_name=gpus["name"],
                 clock_skew_s=skew,
                 clock_error_s=error,
                 cannot_reach=cannot_reach,
             )
         )
-    if not reports:
-        raise ClusterError(f"no node of the cluster answers; the first one: {problems[0].node}, {problems[0].what}")
-    return reports, problems
+    return reports, list(silent.values())
+
+
+def _answers(
+    nodes: Sequence[dict[str, Any]], asked: Mapping[int, list[Any]], silent: dict[int, Problem]
+) -> dict[int, list[Any]]:
+    """The answers of the nodes that answer, and in `silent` what is wrong with the others, by index of the node."""
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    answers = {}
+    for at, questions in asked.items():
+        try:
+            answers[at] = ray.get(questions, timeout=max(0.1, deadline - time.monotonic()))
+        except (GetTimeoutError, RayError) as failure:
+            silent[at] = _no_answer(nodes[at], failure)
+    return answers
+
+
+def _no_answer(node: Mapping[str, Any], failure: Exception) -> Problem:
+    why = "it did not answer in time" if isinstance(failure, GetTimeoutError) else str(failure).splitlines()[0]
+    name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+    return Problem(name, why, "look at Ray's logs there, and start Ray again")
 
 
 def _clock_skew(probe: Any) -> tuple[float, float]:

@@ -23,6 +23,7 @@ _HEAD_START_S = 20.0
 """A head that has just started answers before it can take jobs."""
 _POLL_S = 0.5
 _STOP_TIMEOUT_S = 20.0
+_MAX_JOBS_NAMED = 5
 
 _Result = TypeVar("_Result")
 
@@ -87,12 +88,22 @@ class JobServer:
         Raises:
             ClusterError: There is no such job.
         """
-        found = [each for each in self.list() if each.submission_id == job]
-        if not found:
-            known = [str(each.submission_id) for each in self.list()][:5]
-            has = f"the newest of its jobs: {', '.join(known)}" if known else "it has no jobs at all"
-            raise ClusterError(f"{self.address} has no job {job}; {has}")
-        return found[0]
+        jobs = self.list()
+        for each in jobs:
+            if each.submission_id == job:
+                return each
+        known = ", ".join(str(each.submission_id) for each in jobs[:_MAX_JOBS_NAMED])
+        has = f"the newest of its jobs: {known}" if known else "it has no jobs at all"
+        raise ClusterError(f"{self.address} has no job {job}; {has}")
+
+    def log(self, job: str) -> str:
+        """What a job has written so far.
+
+        Raises:
+            ClusterError: There is no such job.
+        """
+        self.details(job)
+        return str(self._ask(lambda: self.client.get_job_logs(job)))
 
     def stop(self, job: str) -> str:
         """Stop a job, wait until it has ended, and return how: STOPPED, or what it had become before.
@@ -131,6 +142,8 @@ class JobServer:
     def _ask(self, question: Callable[[], _Result]) -> _Result:
         try:
             return question()
+        except AuthenticationError:
+            raise ClusterError(_wrong_token(self.address)) from None
         except (RuntimeError, OSError) as error:
             raise ClusterError(f"{self.address} has stopped answering: {error}") from error
 
@@ -176,10 +189,12 @@ def _wrong_token(address: str) -> str:
             f"{address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the "
             "cluster's."
         )
-    source = next(
-        (name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token"
-    )
-    return f"{address} refuses the token in {source}: it is not this cluster's."
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return f"{address} refuses the token in RAY_AUTH_TOKEN: it is not this cluster's."
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
+    if not os.path.isfile(os.path.expanduser(file)):
+        return f"{address} asks for a token, and there is no file {file}: set RAY_AUTH_TOKEN to the cluster's token."
+    return f"{address} refuses the token in {file}: it is not this cluster's."
 
 
 def _check_version(address: str, cluster: str) -> None:

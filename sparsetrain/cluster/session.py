@@ -170,7 +170,7 @@ def check_reachable(address: str) -> None:
         raise ClusterError(f"{address} is not a Ray address: expected host:port, auto or local.")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: a host's name that no name may look like
         raise ClusterError(
             f"nobody answers at {address} ({_first_line(error)}). Is the Ray cluster running, and is the port right?"
         ) from error

@@ -4,7 +4,7 @@ import asyncio
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ _MAX_UPLOAD_BYTES = 100 * 2**20
 """What Ray's job server takes in one package."""
 _MAX_FILES_NAMED = 5
 _POLL_S = 0.5
+_SILENCE_S = 20.0
 _EXCLUDED = ("**/__pycache__", "**/.*_cache")
 
 
@@ -180,10 +181,8 @@ def follow_job(
 
 def print_log(server: JobServer, job: str, *, reporter: Reporter, write: Callable[[str], None]) -> None:
     """Pass on a job's output as far as it has come; arguments as for `follow_job`."""
-    server.details(job)
     reader = EventLineReader()
-    text = server.client.get_job_logs(job)
-    for line in [*reader.feed(text), *reader.end()]:
+    for line in [*reader.feed(server.log(job)), *reader.end()]:
         if isinstance(line, str):
             write(line)
         else:
@@ -203,7 +202,7 @@ async def _tail(server: JobServer, job: str, write: Callable[[str], None]) -> No
     while True:
         seen = 0
         with suppress(RuntimeError, OSError, aiohttp.ClientError):
-            async for piece in server.client.tail_job_logs(job):
+            async for piece in _pieces(server, job):
                 fresh = piece[max(0, written - seen) :]
                 seen += len(piece)
                 written = max(written, seen)
@@ -212,6 +211,25 @@ async def _tail(server: JobServer, job: str, write: Callable[[str], None]) -> No
         if server.details(job).status.is_terminal():
             return
         await asyncio.sleep(_POLL_S)
+
+
+async def _pieces(server: JobServer, job: str) -> AsyncIterator[str]:
+    """A job's output as it comes. After a silence the job server has to answer: a broken line may be silent, too.
+
+    Raises:
+        ClusterError: The job server went away without a word.
+    """
+    pieces = server.client.tail_job_logs(job)
+    while True:
+        awaited = asyncio.ensure_future(anext(pieces, None))
+        try:
+            while not (await asyncio.wait({awaited}, timeout=_SILENCE_S))[0]:
+                server.details(job)
+        finally:
+            awaited.cancel()
+        if (piece := awaited.result()) is None:
+            return
+        yield piece
 
 
 def _is_excluded(part: str) -> bool:

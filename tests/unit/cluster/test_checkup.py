@@ -1,16 +1,21 @@
 import io
 import socket
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError
 from rich.console import Console
 
+from sparsetrain.cluster import checkup
 from sparsetrain.cluster.checkup import NodeReport, _print, find_problems
 from sparsetrain.cluster.node_probe import NodeProbe
 from sparsetrain.cluster.packages import find_packages
+from sparsetrain.errors import ClusterError
 
 SAME = {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "sparsetrain": "sources 0123456789ab", "cuda": "13.0"}
-GOOD = NodeReport("10.0.0.1 (a)", "10.0.0.1", "eth0", SAME, 8, 2, 2, "H100", 0.01, 0.001, "")
+GOOD = NodeReport("10.0.0.1 (a)", "eth0", SAME, 8, 2, 2, "H100", 0.01, 0.001, "")
 NODES = [GOOD, replace(GOOD, name="10.0.0.2 (b)"), replace(GOOD, name="10.0.0.3 (c)")]
 
 
@@ -42,6 +47,47 @@ def test_a_node_that_is_not_like_the_others_is_named(change: dict[str, object], 
 def test_what_all_nodes_lack_is_a_problem_of_each() -> None:
     lacking = [replace(node, versions={**SAME, "sparsetrain": "missing"}) for node in NODES]
     assert [problem.what for problem in find_problems(lacking)] == ["sparsetrain is missing"] * 3
+
+
+class Call:
+    """A method of an actor that answers at once."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._answer(*arguments) if callable(self._answer) else self._answer
+
+
+class Silence:
+    """The answer that never comes."""
+
+
+class FakeProbe:
+    def __init__(self, ip: str, *, silent: bool = False) -> None:
+        self.address = Call(Silence() if silent else {"ip": ip, "host": "h", "interface": "eth0"})
+        self.versions = Call({key: value for key, value in SAME.items() if key != "cuda"})
+        self.gpus = Call({"count": 0, "name": "", "cuda": "13.0"})
+        self.listen = Call(int(ip[-1]))
+        self.reaches = Call(lambda ip, port: f"asked {ip} at {port}")
+        self.clock = Call(time.time)
+
+
+def test_a_first_node_that_is_silent_is_the_only_one_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(answers: Any, timeout: float) -> Any:
+        if isinstance(answers, list) and any(isinstance(each, Silence) for each in answers):
+            raise GetTimeoutError
+        return answers
+
+    monkeypatch.setattr(checkup.ray, "get", get)
+    nodes = [{"NodeManagerAddress": f"10.0.0.{at}", "NodeManagerHostname": "h", "Resources": {}} for at in (1, 2, 3)]
+    probes = [FakeProbe("10.0.0.1", silent=True), FakeProbe("10.0.0.2"), FakeProbe("10.0.0.3")]
+    reports, problems = checkup._question(nodes, probes)
+    assert [(problem.node, problem.what) for problem in problems] == [("10.0.0.1 (h)", "it did not answer in time")]
+    assert [report.name for report in reports] == ["10.0.0.2 (h)", "10.0.0.3 (h)"]
+    assert {report.cannot_reach for report in reports} == {"asked 10.0.0.2 at 2"}, "the first that answers"
+    with pytest.raises(ClusterError, match=r"no node of the cluster answers; the first one: 10\.0\.0\.1 \(h\), it did"):
+        checkup._question(nodes[:1], probes[:1])
 
 
 def test_a_skew_within_what_the_answer_took_is_none() -> None:

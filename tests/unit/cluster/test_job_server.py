@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from sparsetrain.cluster import job_server
 from sparsetrain.cluster.job_server import JobServer
@@ -72,6 +73,39 @@ def test_a_server_that_falls_silent_is_given_up(dashboard: Dashboard, monkeypatc
     with pytest.raises(ClusterError, match="has stopped answering"):
         server.list()
     silence.set()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        pytest.param({}, "asks for a token: set RAY_AUTH_MODE=token", id="no-mode"),
+        pytest.param(
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f"}, "refuses the token in RAY_AUTH_TOKEN", id="token"
+        ),
+        pytest.param(
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "there is no file /nowhere", id="no-file"
+        ),
+        pytest.param(
+            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": __file__}, f"the token in {__file__}", id="token-file"
+        ),
+    ],
+)
+def test_a_token_that_is_refused_is_named_by_where_it_comes_from(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    server = JobServer(dashboard.url)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse() -> None:
+        raise AuthenticationError("no")
+
+    monkeypatch.setattr(server.client, "list_jobs", refuse)
+    with pytest.raises(ClusterError) as error:
+        server.list()
+    assert message in str(error.value)
 
 
 def test_the_environment_names_the_server_and_the_port_has_a_default(
