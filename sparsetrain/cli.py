@@ -156,6 +156,18 @@ def train(
 
 
 @app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Say what a run would take: the mesh, the model's size, bytes a rank holds, FLOPs. Starts nothing."""
+    run = _load(config, overrides)
+    from sparsetrain.report.plan import print_plan
+
+    try:
+        print_plan(run, Console())
+    except InvalidConfig as error:
+        raise locate(error, config, overrides or ()) from None
+
+
+@app.command()
 def submit(
     config: ConfigPath,
     address: Annotated[

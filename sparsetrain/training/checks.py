@@ -45,7 +45,7 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
     require_deepspeed(config)
     check_attention(config)
     with torch.device("meta"):
-        model = Transformer(config.model, vocab_rows(config, _vocab_size(config)), max_seq_len(config))
+        model = Transformer(config.model, vocab_rows(config, vocab_size_of(config)), max_seq_len(config))
     parameters = describe_parameters(model)
     for index, phase in enumerate(config.phases):
         if phase.sparsity != "keep":
@@ -56,8 +56,12 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
     return Preflight(datasets, sum(parameter.numel for parameter in parameters))
 
 
-def _vocab_size(config: RunConfig) -> int:
-    """The tokenizer's size, as far as it is known before any text is read."""
+def vocab_size_of(config: RunConfig) -> int:
+    """The tokenizer's size, as far as it is known before any text is read.
+
+    Raises:
+        DataError: The tokenizer's file is missing or damaged.
+    """
     match config.data.tokenizer:
         case ByteTokenizer():
             return 257

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparsetrain.config import RunConfig, dump_config, load_config
 from sparsetrain.config.yaml_file import parse_yaml
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
 
 unit_interval = st.floats(0, 1, allow_subnormal=False)
 schedules: st.SearchStrategy[dict[str, Any]] = st.one_of(
@@ -108,7 +108,7 @@ def test_every_config_of_the_project_loads_and_survives_a_round_trip(path: Path,
 
 
 def test_the_project_has_configs() -> None:
-    mixtures = {"moe_ep_tiny.yaml", "moe_fssdp_tiny.yaml", "moe_fssdp_8x7b.yaml"}
+    mixtures = {"moe_ep_tiny.yaml", "moe_fssdp_tiny.yaml", "mixtral_8x7b_fssdp.yaml"}
     assert {"demo.yaml", "quick.yaml", *mixtures} <= {path.name for path in CONFIGS}
 
 
