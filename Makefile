@@ -2,7 +2,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 JOBS   ?= 2
-EXTRAS ?= ray,hf,deepspeed,dev
+EXTRAS ?= ray,hf,deepspeed,megatron,dev
 
 # The environment's own tools first, and every cache inside it: nothing is written into the home folder.
 export PATH := $(abspath $(VENV))/bin:$(PATH)

@@ -13,13 +13,18 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-MASKS, EXPERTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MASKS, ATTENTION, EXPERTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_snippet_of_masks_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(MASKS, "README.md", "exec"), {})
     density, numel = re.fullmatch(r"([\d.]+) of (\d+) weights are not zero\n", capsys.readouterr().out).groups()
     assert (float(density), int(numel) > 100_000) == (0.25, True)
+
+
+def test_the_snippet_of_attention_says_which_kernels_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(ATTENTION, "README.md", "exec"), {})
+    assert "block_sparse_attention.output" in capsys.readouterr().out
 
 
 def test_the_snippet_of_experts_trains_on_two_ranks_in_forty_lines(tmp_path: Path) -> None:
@@ -36,15 +41,15 @@ def test_the_snippet_of_experts_trains_on_two_ranks_in_forty_lines(tmp_path: Pat
     assert all(1 <= float(imbalance) < 1.5 for _, imbalance in said)
 
 
-def test_the_yaml_of_experts_is_a_run(tmp_path: Path) -> None:
-    (experts,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("number", [0, 1], ids=["zeros-that-save-time", "experts"])
+def test_its_yaml_is_a_run(tmp_path: Path, number: int) -> None:
+    sections = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     rest = "data: {seq_len: 64}\ntrain: {tokens: 4Ki, batch_tokens: 1Ki}\ncluster: {workers: 2}\nname: run\n"
+    shape = "model:\n  dim: 256\n  num_layers: 1\n  num_heads: 2\n"
     path = tmp_path / "run.yaml"
-    path.write_text(experts.replace("model:\n", "model:\n  dim: 8\n  num_layers: 1\n  num_heads: 2\n") + rest)
-    config = load_config(path)
+    path.write_text(sections[number].replace("model:\n", shape) + rest)
 
-    assert config.parallel.experts == "fssdp"
-    check_world(config, 4)
+    check_world(load_config(path), 4)
 
 
 def test_every_file_and_folder_that_it_names_is_there() -> None:
