@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsetrain.cluster import node_probe
+from sparsetrain.cluster.head import check_head
 from sparsetrain.cluster.resources import Request
-from sparsetrain.cluster.session import check_reachable, ray_session, resolve_address
+from sparsetrain.cluster.session import ray_session, resolve_address
 from sparsetrain.errors import ClusterError
 
 _ANSWER_TIMEOUT_S = 30.0
@@ -75,7 +76,7 @@ def check_cluster(address: str | None, console: Console) -> bool:
         ClusterError: There is no such cluster.
     """
     address = resolve_address(address, "auto")
-    check_reachable(address)
+    check_head(address)
     with ray_session(address, Request(1, 0, 0), env_vars={}):
         nodes = [node for node in ray.nodes() if node["Alive"]]
         with _probes(nodes) as probes:

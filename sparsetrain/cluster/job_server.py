@@ -13,8 +13,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from sparsetrain.cluster.head import check_reachable, refused_token
 from sparsetrain.cluster.resources import Request, shortage
-from sparsetrain.cluster.session import check_reachable
 from sparsetrain.errors import ClusterError
 
 _PORT = 8265
@@ -46,7 +46,7 @@ class JobServer:
         try:
             self.client = _Client(self.address)
         except AuthenticationError:
-            raise ClusterError(_wrong_token(self.address)) from None
+            raise ClusterError(refused_token(self.address)) from None
         except (RuntimeError, OSError, ValueError) as error:
             raise ClusterError(
                 f"{self.address} does not answer like a Ray job server (the dashboard's port, {_PORT} by default): "
@@ -143,7 +143,7 @@ class JobServer:
         try:
             return question()
         except AuthenticationError:
-            raise ClusterError(_wrong_token(self.address)) from None
+            raise ClusterError(refused_token(self.address)) from None
         except (RuntimeError, OSError) as error:
             raise ClusterError(f"{self.address} has stopped answering: {error}") from error
 
@@ -181,20 +181,6 @@ def _url(address: str) -> str:
         raise ClusterError(f"{address} is not a job server: expected http://host:{_PORT}")
     check_reachable(f"{parts.hostname}:{port}")
     return url if parts.port else f"{url.rstrip('/')}:{port}"
-
-
-def _wrong_token(address: str) -> str:
-    if os.environ.get("RAY_AUTH_MODE") != "token":
-        return (
-            f"{address} asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the "
-            "cluster's."
-        )
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return f"{address} refuses the token in RAY_AUTH_TOKEN: it is not this cluster's."
-    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
-    if not os.path.isfile(os.path.expanduser(file)):
-        return f"{address} asks for a token, and there is no file {file}: set RAY_AUTH_TOKEN to the cluster's token."
-    return f"{address} refuses the token in {file}: it is not this cluster's."
 
 
 def _check_version(address: str, cluster: str) -> None:

@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,14 +14,11 @@ from pathlib import Path
 import ray  # isort: skip  # it has psutil in a folder of its own, and adds that to the path
 import psutil  # isort: skip
 
+from sparsetrain.cluster.head import AUTO, LOCAL, first_line
 from sparsetrain.cluster.paths import in_ray_job
 from sparsetrain.cluster.resources import Request
 from sparsetrain.errors import ClusterError
 
-LOCAL = "local"
-AUTO = "auto"
-
-_CONNECT_TIMEOUT_S = 3.0
 _END_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Tensors never go through Ray's object store; without this it would claim 30 % of the memory."""
@@ -128,7 +124,7 @@ def _local_ray(request: Request, env_vars: Mapping[str, str]) -> Iterator[None]:
                 )
             except Exception as error:
                 raise ClusterError(
-                    f"Ray did not start on this machine: {_first_line(error)}. Train without it: --in-process."
+                    f"Ray did not start on this machine: {first_line(error)}. Train without it: --in-process."
                 ) from error
             yield
     finally:
@@ -149,30 +145,8 @@ def _join(address: str, env_vars: Mapping[str, str]) -> None:
                 f"{str(error).strip()}\nInstall the cluster's versions of Ray and Python here."
             ) from error
         raise ClusterError(
-            f"cannot join the Ray cluster at {address}: {_first_line(error)}. Is it running, and does this machine "
+            f"cannot join the Ray cluster at {address}: {first_line(error)}. Is it running, and does this machine "
             "belong to it? From any other machine, use `sparsetrain submit` with the job server's address."
-        ) from error
-
-
-def check_reachable(address: str) -> None:
-    """Refuse an address that nobody listens on.
-
-    Args:
-        address: host:port; `local` and `auto` are not looked at.
-
-    Raises:
-        ClusterError: Not of that form, or no connection within three seconds.
-    """
-    if address in (LOCAL, AUTO):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ClusterError(f"{address} is not a Ray address: expected host:port, auto or local.")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except (OSError, UnicodeError) as error:  # the latter: a host's name that no name may look like
-        raise ClusterError(
-            f"nobody answers at {address} ({_first_line(error)}). Is the Ray cluster running, and is the port right?"
         ) from error
 
 
@@ -256,7 +230,3 @@ def _uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

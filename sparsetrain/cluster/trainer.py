@@ -18,11 +18,12 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from sparsetrain.checkpoint import latest_checkpoint, step_of
 from sparsetrain.cluster.events import start_hub, take_events
 from sparsetrain.cluster.failures import FailurePolicy, GroupFailed, RestartUseless, describe, restart_notice, summary
+from sparsetrain.cluster.head import LOCAL, check_head
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths, in_ray_job, job_output_root
 from sparsetrain.cluster.rendezvous import Rendezvous
 from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
-from sparsetrain.cluster.session import LOCAL, check_reachable, environment, ray_session, resolve_address
+from sparsetrain.cluster.session import environment, ray_session, resolve_address
 from sparsetrain.cluster.worker import WorkerTask, run_worker
 from sparsetrain.config import RunConfig
 from sparsetrain.errors import ClusterError, SparsetrainError
@@ -85,7 +86,7 @@ def run_on_ray(
     request = Request.from_config(config.cluster)
     if address == LOCAL:
         check_machine(request)
-    check_reachable(address)
+    check_head(address)
     config = _with_absolute_paths(config, report)
     preflight(config, on_progress=lambda stage, done, total: report(DataProgress(stage, done, total)))
     with contextlib.ExitStack() as stack:

@@ -75,37 +75,16 @@ def test_a_server_that_falls_silent_is_given_up(dashboard: Dashboard, monkeypatc
     silence.set()
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        pytest.param({}, "asks for a token: set RAY_AUTH_MODE=token", id="no-mode"),
-        pytest.param(
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f"}, "refuses the token in RAY_AUTH_TOKEN", id="token"
-        ),
-        pytest.param(
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "there is no file /nowhere", id="no-file"
-        ),
-        pytest.param(
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": __file__}, f"the token in {__file__}", id="token-file"
-        ),
-    ],
-)
-def test_a_token_that_is_refused_is_named_by_where_it_comes_from(
-    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+def test_a_token_that_is_refused_later_is_one_message_too(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = JobServer(dashboard.url)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-
     def refuse() -> None:
         raise AuthenticationError("no")
 
+    server = JobServer(dashboard.url)
     monkeypatch.setattr(server.client, "list_jobs", refuse)
-    with pytest.raises(ClusterError) as error:
+    with pytest.raises(ClusterError, match=f"{dashboard.url} (asks for|refuses)"):
         server.list()
-    assert message in str(error.value)
 
 
 def test_the_environment_names_the_server_and_the_port_has_a_default(
