@@ -77,15 +77,19 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in autocast's dtype where that is on."""
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As `forward`, with a bias or without."""
         if self._pattern is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, bias)
         if self._kept is None:
             self._kept = self._find_zeros(self._pattern)
         if isinstance(self._kept, WeightBlocks):
-            return block_sparse_linear(x, self.weight, self._kept, self.bias, zeroed=True)
+            return block_sparse_linear(x, self.weight, self._kept, bias, zeroed=True)
         if isinstance(self._kept, NMSelection):
-            return nm_linear(x, self.weight, self._kept, self.bias, zeroed=True)
-        return F.linear(x, self.weight, self.bias)
+            return nm_linear(x, self.weight, self._kept, bias, zeroed=True)
+        return F.linear(x, self.weight, bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

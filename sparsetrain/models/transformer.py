@@ -47,7 +47,7 @@ class TransformerLayer(nn.Module):
         self.ffn_norm = _norm(config)
         is_moe = index in config.moe_layers
         self.ffn = None if is_moe else FeedForward(config.dim, config.hidden_dim, *_form(config))
-        self.moe = _moe(config, config.moe_layers.index(index)) if is_moe else None
+        self.moe = mixture_of(config, config.moe_layers.index(index)) if is_moe else None
 
     def forward(
         self,
@@ -157,7 +157,7 @@ def _form(config: ModelConfig) -> tuple[Activation, bool]:
     return ("swiglu", False) if config.arch == "llama" else ("gelu", True)
 
 
-def _moe(config: ModelConfig, index: int) -> MoELayer:
+def mixture_of(config: ModelConfig, index: int) -> MoELayer:
     """The MoE layer that is the index-th of the model's."""
     moe = config.moe
     assert moe is not None

@@ -14,7 +14,7 @@ from torch import nn
 from sparsetrain.models import Transformer
 from sparsetrain.moe import moe_layers
 from sparsetrain.planning.attention_flops import keys_per_query
-from sparsetrain.sharding import weight_shapes
+from sparsetrain.sharding import weight_shapes, whole_model
 
 _BACKWARD_AND_FORWARD = 3
 
@@ -55,6 +55,7 @@ def parameter_counts(model: nn.Module) -> ParameterCount:
         ValueError: The model has a parameter that belongs to no part.
     """
     counts = dict.fromkeys((part.name for part in fields(ParameterCount)), 0)
+    model = whole_model(model)
     shares = _expert_shares(model)
     idle = Fraction(0)
     for name, shape in weight_shapes(model).items():
@@ -122,6 +123,7 @@ class ModelFlops:
         Raises:
             ValueError: The model holds no `Transformer`.
         """
+        model = whole_model(model)
         config = next((module.config for module in model.modules() if isinstance(module, Transformer)), None)
         if config is None:
             raise ValueError(f"{type(model).__name__} holds no Transformer")

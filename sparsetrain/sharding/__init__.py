@@ -5,7 +5,7 @@ from sparsetrain.sharding.moves import Movable, Move, on_move
 from sparsetrain.sharding.names import canonical_modules, weight_modules
 from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
 from sparsetrain.sharding.parameters import reshard, weight_shapes, weight_shards, whole_shape
-from sparsetrain.sharding.self_described import DescribesWeights, MomentsOf
+from sparsetrain.sharding.self_described import DescribesWeights, MomentsOf, PartOfModel, whole_model
 from sparsetrain.sharding.shard import Rectangle, WeightShard
 from sparsetrain.sharding.stack import Stack
 
@@ -15,6 +15,7 @@ __all__ = [
     "MomentsOf",
     "Movable",
     "Move",
+    "PartOfModel",
     "Rectangle",
     "Stack",
     "WeightShard",
@@ -26,5 +27,6 @@ __all__ = [
     "weight_modules",
     "weight_shapes",
     "weight_shards",
+    "whole_model",
     "whole_shape",
 ]

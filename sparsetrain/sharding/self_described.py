@@ -7,7 +7,7 @@ name, a mask and a place of its own.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.sharding.shard import WeightShard
 
@@ -36,3 +36,18 @@ class DescribesWeights(Protocol):
             replica_rank: Which copy of several this is, as far as a wrapper around the module knows.
         """
         ...
+
+
+@runtime_checkable
+class PartOfModel(Protocol):
+    """An nn.Module that is one rank's part of a model: some of its layers, and of some weights a piece."""
+
+    @property
+    def whole(self) -> nn.Module:
+        """The whole model, on the meta device: what it is made of, and the name and shape of every weight."""
+        ...
+
+
+def whole_model(module: nn.Module) -> nn.Module:
+    """The model that a module is a part of; itself if it is a whole one."""
+    return module.whole if isinstance(module, PartOfModel) else module

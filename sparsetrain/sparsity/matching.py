@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsetrain.config import InvalidConfig, Problem, SparsityRule
 from sparsetrain.config.origin import KeyPath
-from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules, whole_shape
+from sparsetrain.sharding import DescribesWeights, canonical_modules, weight_modules, whole_model, whole_shape
 from sparsetrain.sparsity.patterns import misfit
 
 _HEADS = ("head", "lm_head")
@@ -40,7 +40,11 @@ class Parameter:
 
 
 def describe_parameters(model: nn.Module) -> list[Parameter]:
-    """Name, shape and kind of every parameter of any module, plain, wrapped or sharded, in the module's order."""
+    """Name, shape and kind of every parameter of any module, plain, wrapped or sharded, in the module's order.
+
+    Of a module that is a part of a model, those of the whole.
+    """
+    model = whole_model(model)
     aliases = _aliases(model)
     described = []
     for path, owner, parameters in weight_modules(model):

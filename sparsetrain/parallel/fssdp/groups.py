@@ -80,14 +80,22 @@ class ExpertGroups:
                 "ranks share the experts: pass one of one dimension, or of two, [replicate, experts]"
             )
         rows = mesh.mesh.view(-1, mesh.size(mesh.ndim - 1)).tolist()
+        return cls.of_rows(rows, timeout=timeout, devices_per_node=devices_per_node)
+
+    @classmethod
+    def of_rows(
+        cls, rows: list[list[int]], *, timeout: timedelta | None = None, devices_per_node: int | None = None
+    ) -> "ExpertGroups":
+        """As `of_mesh`, of the ranks of each expert group, all groups equally large; collective over these ranks."""
         columns = [list(column) for column in zip(*rows, strict=True)] if len(rows) > 1 else []
-        # Where the mesh is not the whole world, other ranks do not take part in making its groups.
-        alone = mesh.size() < dist.get_world_size()
+        world_size = sum(map(len, rows))
+        # Where these are not all ranks of the world, the others do not take part in making the groups.
+        alone = world_size < dist.get_world_size()
         experts = _own_group(rows, timeout, alone)
         parameters = _own_group(rows, timeout, alone)
         replicate = _own_group(columns, timeout, alone) if columns else None
         per_node = devices_per_node or _devices_per_node(experts)
-        return cls(experts, parameters, replicate, mesh.size(), Topology(len(rows[0]), per_node))
+        return cls(experts, parameters, replicate, world_size, Topology(len(rows[0]), per_node))
 
 
 def _own_group(groups: list[list[int]], timeout: timedelta | None, alone: bool) -> ProcessGroup:

@@ -1,0 +1,148 @@
+"""Which part of which weight of the plain model each of Megatron's parameters on this rank is."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from sparsetrain.sharding import DescribesWeights, MomentsOf, WeightShard, weight_modules
+
+_CUT = {
+    0: re.compile(r"embed|head|.*\.(attention\.[qkv]|ffn\.(gate|up))"),
+    1: re.compile(r".*\.(attention\.o|ffn\.down)"),
+}
+"""The modules of which tensor parallelism cuts the weight, by the dimension that it cuts."""
+
+
+def cut_dim(name: str) -> int | None:
+    """The dimension along which tensor-parallel ranks share a weight; None where each has all of it."""
+    module, _, leaf = name.rpartition(".")
+    if _CUT[0].fullmatch(module):
+        return 0
+    return 1 if _CUT[1].fullmatch(module) and leaf == "weight" else None
+
+
+class StageWeights:
+    """The weights of a model, those of other pipeline stages included, as this rank holds them.
+
+    Args:
+        shapes: Whole shape of every weight of the whole model by name, in order.
+        groups: Megatron's process groups.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], groups: ProcessGroupCollection) -> None:
+        self._shapes = dict(shapes)
+        self._groups = groups
+        self._spread: SpreadExperts | None = None
+
+    def spread(self, experts: "SpreadExperts") -> None:
+        """Note that experts are no longer whole on each rank."""
+        self._spread = experts
+
+    def describe(self, path: str) -> dict[str, tuple[int, ...]]:
+        """Whole shapes by name."""
+        return {_join(path, name): shape for name, shape in self._shapes.items()}
+
+    def shards(self, stage: nn.Module, path: str, moments: MomentsOf) -> list[WeightShard]:
+        """What this rank holds of each weight, in the order of `describe`.
+
+        Args:
+            stage: With the submodules of this stage under the names of the plain model.
+            path: Where the stage is in what it is part of.
+            moments: Where the optimizer's state is.
+        """
+        held = {shard.name: shard for shard in self._held(stage, moments)}
+        device = next(stage.parameters()).device
+        shards = [held[name] if name in held else self._elsewhere(name, device) for name in self._shapes]
+        return [replace(shard, name=_join(path, shard.name)) for shard in shards]
+
+    def _held(self, stage: nn.Module, moments: MomentsOf) -> Iterator[WeightShard]:
+        for path, owner, parameters in _modules(stage):
+            if isinstance(owner, DescribesWeights):
+                for shard in owner.shards_of_weights(path, moments, self._copy(path)):
+                    yield replace(shard, group=self._group(path))
+            else:
+                for name, parameter in parameters.items():
+                    yield self._shard(name, parameter, moments)
+
+    def _shard(self, name: str, parameter: nn.Parameter, moments: MomentsOf) -> WeightShard:
+        dim, shape = cut_dim(name), self._shapes[name]
+        slices = [slice(0, size) for size in shape]
+        if dim is not None:
+            size, rank = parameter.shape[dim], self._groups.tp.rank()
+            slices[dim] = slice(size * rank, size * (rank + 1))
+        weight = partial(Tensor.detach, parameter)
+        return WeightShard(
+            name=name,
+            global_shape=shape,
+            slices=tuple(slices),
+            group=self._group(name),
+            replica_rank=self._copy(name),
+            weight=weight,
+            grad=lambda: parameter.grad,
+            master=weight,
+            moments=partial(moments, parameter),
+        )
+
+    def _elsewhere(self, name: str, device: torch.device) -> WeightShard:
+        """Of a weight that another stage has."""
+        shape = self._shapes[name]
+        held = (0, *shape[1:])
+        nothing = partial(torch.empty, held, device=device)
+        return WeightShard(
+            name=name,
+            global_shape=shape,
+            slices=tuple(slice(0, size) for size in held),
+            group=self._group(name),
+            replica_rank=self._copy(name),
+            weight=nothing,
+            grad=lambda: None,
+            master=nothing,
+            moments=dict,
+        )
+
+    def _group(self, name: str) -> ProcessGroup | None:
+        """The ranks that hold one copy of a weight between them: ranks of every stage, for a weight is on one."""
+        group: ProcessGroup
+        if self._spread is not None and _is_expert(name):
+            group = self._spread.across_stages
+        else:
+            group = self._groups.pp if cut_dim(name) is None else self._groups.mp
+        return group if group.size() > 1 else None
+
+    def _copy(self, name: str) -> int:
+        """Which copy this rank has: tensor-parallel ranks have one each of what is not cut."""
+        if self._spread is not None and _is_expert(name):
+            return self._spread.replica_rank
+        copy: int = self._groups.dp_cp.rank()
+        return copy if cut_dim(name) is not None else copy * self._groups.tp.size() + self._groups.tp.rank()
+
+
+@dataclass(frozen=True)
+class SpreadExperts:
+    """Experts that are each on one rank of a group."""
+
+    across_stages: ProcessGroup
+    """The ranks that hold all experts of the model once: an expert group, and those in its place on other stages."""
+    replica_rank: int
+    """Which of the expert groups of a stage this rank is in."""
+
+
+def _is_expert(name: str) -> bool:
+    return ".moe.experts" in name
+
+
+def _modules(stage: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """As `weight_modules`, of what is in a stage."""
+    for child, module in stage.named_children():
+        for path, owner, parameters in weight_modules(module):
+            yield _join(child, path), owner, {_join(child, name): parameter for name, parameter in parameters.items()}
+
+
+def _join(first: str, second: str) -> str:
+    return f"{first}.{second}" if first and second else first or second
