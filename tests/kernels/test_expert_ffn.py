@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from sparsetrain_kernels import expert_ffn, expert_ffn_backward, expert_ffn_forward, moe_ffn
 from sparsetrain_kernels.expert_ffn import blocks, reference
-from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, round_rows
+from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, whole_tiles
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 COUNTS = {
     "even": [4, 4, 4],
@@ -253,21 +255,50 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, object], message: 
 
 def test_rounded_rows_repeat_their_experts_last_row_without_weight() -> None:
     token_R, weight_R = torch.arange(70) + 100, torch.rand(70) + 1
-    token_P, weight_P, counts, place_R = round_rows(token_R, weight_R, [3, 0, 66, 1], torch.bfloat16)
-    assert counts == [64, 0, 128, 64]
-    assert place_R is not None
-    assert place_R.tolist() == [0, 1, 2, *range(64, 130), 192]
-    torch.testing.assert_close(token_P[place_R], token_R, rtol=0, atol=0)
-    torch.testing.assert_close(weight_P[place_R], weight_R, rtol=0, atol=0)
-    added = torch.ones(len(token_P), dtype=torch.bool).index_fill_(0, place_R, False)
+    tiles = whole_tiles([3, 0, 66, 1], 70, torch.bfloat16, token_R.device)
+    token_P, weight_P = tiles.spread(token_R), tiles.spread_with_zeros(weight_R)
+    assert tiles.counts == [64, 0, 128, 64]
+    assert tiles.place_R is not None
+    assert tiles.place_R.tolist() == [0, 1, 2, *range(64, 130), 192]
+    assert torch.equal(tiles.collect(token_P), token_R)
+    assert torch.equal(tiles.collect(weight_P), weight_R)
+    added = torch.ones(len(token_P), dtype=torch.bool).index_fill_(0, tiles.place_R, False)
     assert (weight_P[added] == 0).all()
     assert token_P[added].tolist() == [102] * 61 + [168] * 62 + [169] * 63
     assert len(token_P) <= num_rounded_rows(70, 4, torch.bfloat16, token_R.device)
 
 
 def test_rows_are_rounded_only_where_products_are_compiled_for_their_shape() -> None:
-    token_R, weight_R = torch.arange(5), torch.rand(5)
-    assert round_rows(token_R, weight_R, [3, 2], torch.float32) == (token_R, weight_R, [3, 2], None)
+    rows_R = torch.rand(5)
+    tiles = whole_tiles([3, 2], 5, torch.float32, rows_R.device)
+    assert tiles.counts == [3, 2]
+    assert tiles.spread(rows_R) is tiles.spread_with_zeros(rows_R) is tiles.collect(rows_R) is rows_R
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes the shapes of all products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in function.__name__:
+            self.seen |= {tuple(each.shape) for each in args if isinstance(each, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_on_lists_repeat_their_shapes_whatever_the_counts() -> None:
+    seen = []
+    for counts in ([40, 0, 63], [1, 0, 7]):
+        case = Case(counts, "swiglu", bias=False)
+        x_RD = random(sum(counts), case.dim, seed=6, dtype=torch.bfloat16)
+        (w_in, w_out), (dw_in, dw_out) = ([list(w) for w in case.weights(torch.bfloat16)] for _ in range(2))
+        with _Shapes() as shapes:
+            _, saved = expert_ffn_forward(x_RD, counts, w_in, w_out, None, None, "swiglu")
+            expert_ffn_backward(x_RD, x_RD, saved, counts, w_in, w_out, None, None, "swiglu", dw_in, dw_out, None, None)
+        seen.append(shapes.seen)
+    assert seen[0] == seen[1] != set()
 
 
 def test_blocks_are_whole_tiles_but_for_an_experts_last() -> None:

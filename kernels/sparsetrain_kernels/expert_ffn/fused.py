@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.expert_ffn.blocks import Scratch, Weights, backward_block, blocks, forward_block
-from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, round_rows
+from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, whole_tiles
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.permute.reference import combine
 from sparsetrain_kernels.precision import as_written
@@ -33,10 +33,11 @@ def moe_forward(
     """
     dim, most = x_TD.shape[1], num_rounded_rows(len(token_R), len(counts), x_TD.dtype, x_TD.device)
     h_PH, y_PD = new_result(x_TD, most, weights.in_dim), new_result(x_TD, most, dim)
-    token_P, weight_P, counts, _ = round_rows(token_R, weight_R, counts, x_TD.dtype)
+    tiles = whole_tiles(counts, len(token_R), x_TD.dtype, x_TD.device)
+    token_P, weight_P = tiles.spread(token_R), tiles.spread_with_zeros(weight_R)
     for kept in (h_PH, y_PD):
         kept[len(token_P) :].zero_()  # unused, but equal calls shall have equal results
-    parts = blocks(counts, len(token_P), weights.in_dim * x_TD.itemsize)
+    parts = blocks(tiles.counts, len(token_P), weights.in_dim * x_TD.itemsize)
     scratch = Scratch(x_TD, parts)
     with as_written(x_TD.device):
         for block in parts:
@@ -62,9 +63,10 @@ def moe_backward(
     Experts without rows are left out: their gradients stay as they are.
     """
     dim = x_TD.shape[1]
-    token_P, weight_P, counts, place_R = round_rows(token_R, weight_R, counts, x_TD.dtype)
+    tiles = whole_tiles(counts, len(token_R), x_TD.dtype, x_TD.device)
+    token_P, weight_P = tiles.spread(token_R), tiles.spread_with_zeros(weight_R)
     dx_PD, dweight_P = new_result(x_TD, len(token_P), dim), torch.empty_like(weight_P)
-    parts = blocks(counts, len(token_P), weights.in_dim * x_TD.itemsize)
+    parts = blocks(tiles.counts, len(token_P), weights.in_dim * x_TD.itemsize)
     scratch = Scratch(x_TD, parts)
     with as_written(x_TD.device):
         for block in parts:
@@ -78,5 +80,4 @@ def moe_backward(
             backward_block(
                 block, dy, x, h_PH[rows], weights, activation, scratch, gradients, not block.is_first, dx_PD[rows]
             )
-        dweight_R = dweight_P if place_R is None else dweight_P.index_select(0, place_R)
-        return combine(dx_PD, None, token_P, len(x_TD)), dweight_R
+        return combine(dx_PD, None, token_P, len(x_TD)), tiles.collect(dweight_P)

@@ -137,15 +137,16 @@ def _expert_ffn(
 
 @_expert_ffn.register_fake
 def _(x_RD: Tensor, counts_E: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    h_RH = x_RD.new_empty(x_RD.shape[0], w_in_EHD.shape[1])
-    return x_RD.new_empty(x_RD.shape), h_RH, _empty_cast(w_in_EHD, x_RD.dtype), _empty_cast(w_out_EDF, x_RD.dtype)
+    num_rows = num_rounded_rows(x_RD.shape[0], w_in_EHD.shape[0], x_RD.dtype, x_RD.device)
+    h_PH = x_RD.new_empty(num_rows, w_in_EHD.shape[1])
+    return x_RD.new_empty(x_RD.shape), h_PH, _empty_cast(w_in_EHD, x_RD.dtype), _empty_cast(w_out_EDF, x_RD.dtype)
 
 
 @torch.library.custom_op("sparsetrain::expert_ffn_backward", mutates_args=())
 def _expert_ffn_backward(
     dy_RD: Tensor,
     x_RD: Tensor,
-    h_RH: Tensor,
+    h_PH: Tensor,
     counts_E: Tensor,
     w_in_EHD: Tensor,
     w_out_EDF: Tensor,
@@ -156,20 +157,20 @@ def _expert_ffn_backward(
 ) -> list[Tensor]:
     """Gradients by x and by every weight that there is; the latter in `dtype`, or left out if it is None."""
     stacks = w_in_EHD, w_out_EDF, b_in, b_out
-    return rows_backward(dy_RD, x_RD, h_RH, counts_E, stacks, activation, dtype)
+    return rows_backward(dy_RD, x_RD, h_PH, counts_E, stacks, activation, dtype)
 
 
 @_expert_ffn_backward.register_fake
-def _(dy_RD: Tensor, x_RD: Tensor, h_RH: Tensor, counts_E: Tensor, *rest: Any) -> list[Tensor]:
+def _(dy_RD: Tensor, x_RD: Tensor, h_PH: Tensor, counts_E: Tensor, *rest: Any) -> list[Tensor]:
     return [x_RD.new_empty(x_RD.shape), *_empty_gradients(*rest)]
 
 
 def _save_for_expert_ffn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_RD, counts_E, w_in, w_out, b_in, b_out, ctx.activation = inputs
-    _, h_RH, w_in_C, w_out_C = output
+    _, h_PH, w_in_C, w_out_C = output
     ctx.dtype = w_in.dtype
     ctx.set_materialize_grads(False)  # what is kept for the backward pass has none
-    ctx.save_for_backward(x_RD, h_RH, counts_E, _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out)
+    ctx.save_for_backward(x_RD, h_PH, counts_E, _either(w_in_C, w_in), _either(w_out_C, w_out), b_in, b_out)
 
 
 def _differentiate_expert_ffn(ctx: Any, dy_RD: Tensor, *_: None) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ Stacks = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def rows_forward(x_RD: Tensor, counts_E: Tensor, stacks: Stacks, activation: str) -> tuple[Tensor, Tensor]:
-    """The experts' outputs [R, D], and their hidden activations before the nonlinearity [R, H]."""
+    """The experts' outputs [R, D], and their hidden activations before the nonlinearity [P, H]."""
     if not runs_triton(x_RD):
         return forward_of_rows(x_RD, counts_E.tolist(), Weights.unstack(*stacks), activation)
     ends_E = _ends(counts_E, len(x_RD))
@@ -32,7 +32,7 @@ def rows_forward(x_RD: Tensor, counts_E: Tensor, stacks: Stacks, activation: str
 def rows_backward(
     dy_RD: Tensor,
     x_RD: Tensor,
-    h_RH: Tensor,
+    h_PH: Tensor,
     counts_E: Tensor,
     stacks: Stacks,
     activation: str,
@@ -44,10 +44,10 @@ def rows_backward(
         gradients = _new_gradients(counts, dtype, *stacks)
         into = Weights.unstack(*gradients) if gradients else None
         weights = Weights.unstack(*stacks)
-        return [backward_of_rows(dy_RD, x_RD, h_RH, counts, weights, activation, into, add=False), *_present(gradients)]
+        return [backward_of_rows(dy_RD, x_RD, h_PH, counts, weights, activation, into, add=False), *_present(gradients)]
     dy_RD, x_RD = dy_RD.to(x_RD.dtype).contiguous(), x_RD.contiguous()
     ends_E = _ends(counts_E, len(x_RD))
-    dx_RD, gradients = _triton().backward(dy_RD, x_RD, None, h_RH, ends_E, _dense(stacks), activation, dtype)
+    dx_RD, gradients = _triton().backward(dy_RD, x_RD, None, h_PH, ends_E, _dense(stacks), activation, dtype)
     return [dx_RD, *_present(gradients or ())]
 
 

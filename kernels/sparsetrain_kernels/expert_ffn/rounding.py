@@ -18,17 +18,32 @@ TILE_ROWS = 64
 """What the rows of an expert become a multiple of."""
 
 
-class RoundedRows(NamedTuple):
-    """Rows of experts, some of which repeat another with weight 0: they add nothing to results and gradients."""
+class Tiles(NamedTuple):
+    """Where rows are once each expert's are filled up to whole tiles, with copies of its last one."""
 
-    token_P: Tensor
-    """int64, the token of each row."""
-    weight_P: Tensor
-    """Its weight."""
     counts: Sequence[int]
     """Rows of each expert."""
+    row_P: Tensor | None
+    """int64, which of the given rows each is; None where nothing is filled up."""
+    is_copy_P: Tensor | None
+    """bool, whether it fills up."""
     place_R: Tensor | None
-    """int64, where the given rows are among them; None where they are the same."""
+    """int64, where the given rows are among them."""
+
+    def spread(self, rows_R: Tensor) -> Tensor:
+        """The rows [R, ...] with those that fill up: [P, ...]."""
+        return rows_R if self.row_P is None else rows_R.index_select(0, self.row_P)
+
+    def spread_with_zeros(self, rows_R: Tensor) -> Tensor:
+        """The same, filled up with zeros: for weights and gradients, so that copies add nothing to any sum."""
+        if self.row_P is None or self.is_copy_P is None:
+            return rows_R
+        is_copy = self.is_copy_P.view(-1, *[1] * (rows_R.dim() - 1))
+        return rows_R.index_select(0, self.row_P).masked_fill_(is_copy, 0)
+
+    def collect(self, rows_P: Tensor) -> Tensor:
+        """The given rows again: [R, ...]."""
+        return rows_P if self.place_R is None else rows_P.index_select(0, self.place_R)
 
 
 def num_rounded_rows(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -36,15 +51,21 @@ def num_rounded_rows(num_rows: int, num_experts: int, dtype: torch.dtype, device
     return num_rows + (num_experts * (TILE_ROWS - 1) if _compiles_products(dtype, device) else 0)
 
 
-def round_rows(token_R: Tensor, weight_R: Tensor, counts: Sequence[int], dtype: torch.dtype) -> RoundedRows:
-    """Fill up each expert's rows with copies of its last, where products in `dtype` are compiled for their shape.
+def whole_tiles(counts: Sequence[int], num_rows: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Fill up each expert's rows, where products in `dtype` are compiled for their shape.
+
+    Args:
+        counts: Rows of each expert.
+        num_rows: R.
+        dtype: What products run in.
+        device: Where.
 
     Raises:
         ValueError: The counts do not add up to R.
     """
-    check_counts(counts, len(token_R))
-    if not _compiles_products(dtype, token_R.device):
-        return RoundedRows(token_R, weight_R, counts, None)
+    check_counts(counts, num_rows)
+    if not _compiles_products(dtype, device):
+        return Tiles(counts, None, None, None)
     rounded = [-(-count // TILE_ROWS) * TILE_ROWS for count in counts]
     first, count = torch.tensor([[0, *accumulate(counts)][:-1], list(counts)])
     size = torch.tensor(rounded)
@@ -52,9 +73,8 @@ def round_rows(token_R: Tensor, weight_R: Tensor, counts: Sequence[int], dtype: 
     within_P = torch.arange(sum(rounded)) - begin.repeat_interleave(size)
     count_P = count.repeat_interleave(size)
     row_P = first.repeat_interleave(size) + torch.minimum(within_P, count_P - 1)
-    place_R = torch.arange(len(token_R)) + (begin - first).repeat_interleave(count)
-    weight_P = weight_R.index_select(0, row_P).masked_fill_(within_P >= count_P, 0)
-    return RoundedRows(token_R.index_select(0, row_P), weight_P, rounded, place_R)
+    place_R = torch.arange(num_rows) + (begin - first).repeat_interleave(count)
+    return Tiles(rounded, row_P, within_P >= count_P, place_R)
 
 
 def check_counts(counts: Sequence[int], num_rows: int) -> None:
