@@ -1,10 +1,11 @@
 """What no single section can know: whether the sections of a run fit each other. Needs neither torch nor a cluster."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from sparsetrain.config.attention import BlockSparseAttention
+from sparsetrain.config.conflict import Conflict
 from sparsetrain.config.data import BpeTokenizer, ByteTokenizer
+from sparsetrain.config.megatron import megatron_conflicts, megatron_world_conflicts
 from sparsetrain.config.origin import KeyPath, dotted
 from sparsetrain.config.problem import InvalidConfig, Problem
 from sparsetrain.config.run import RunConfig
@@ -12,16 +13,6 @@ from sparsetrain.config.units import divisors_near
 
 _BYTE_VOCABULARY = 257
 """256 bytes and end-of-document."""
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """Keys that do not fit together; `path` is the one to change first, `others` are the rest."""
-
-    path: KeyPath
-    value: object
-    message: str
-    others: tuple[KeyPath, ...] = ()
 
 
 def check_config(config: RunConfig) -> None:
@@ -53,6 +44,8 @@ def conflicts(config: RunConfig) -> Iterator[Conflict]:
     yield from _resources(config)
     yield from _experts(config)
     yield from _engine(config)
+    if config.parallel.engine == "megatron":
+        yield from megatron_conflicts(config)
 
 
 def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
@@ -62,14 +55,19 @@ def world_conflicts(config: RunConfig, world_size: int) -> Iterator[Conflict]:
     if size is not None and world_size % size:
         message = f"must divide the number of ranks, {world_size}; {divisors_near(world_size, size)}"
         yield Conflict(("parallel", "shard_size"), size, message, (ranks,))
-    yield from _expert_groups(config, world_size)
+    if world_size % config.parallel.model_ranks:
+        yield from megatron_world_conflicts(config, world_size)
+        return
+    yield from _expert_groups(config, world_size // config.parallel.pp)
+    num_shares = world_size // config.parallel.model_ranks
+    sharing = "ranks" if config.parallel.model_ranks == 1 else "copies of the model"
     for path, tokens in _batch_sizes(config):
         for seq_len_path, seq_len in _seq_lens(config):
             samples, rest = divmod(tokens, seq_len)
-            if rest == 0 and samples % world_size:
+            if rest == 0 and samples % num_shares:
                 message = (
-                    f"{samples} samples of {seq_len} tokens, which {world_size} ranks cannot share evenly; "
-                    + _multiples_near(tokens, seq_len * world_size)
+                    f"{samples} samples of {seq_len} tokens, which {num_shares} {sharing} cannot share evenly; "
+                    + _multiples_near(tokens, seq_len * num_shares)
                 )
                 yield Conflict(path, tokens, message, (ranks, seq_len_path))
 
@@ -194,13 +192,10 @@ def _experts(config: RunConfig) -> Iterator[Conflict]:
 
 def _engine(config: RunConfig) -> Iterator[Conflict]:
     engine: KeyPath = ("parallel", "engine")
-    if config.parallel.engine != "deepspeed":
-        if config.engine_overrides.deepspeed:
-            message = f"has no meaning with parallel.engine={config.parallel.engine}; remove it, or change the engine"
-            yield Conflict(
-                ("engine_overrides", "deepspeed"), dict(config.engine_overrides.deepspeed), message, (engine,)
-            )
-    elif config.train.compile:
+    if config.parallel.engine != "deepspeed" and config.engine_overrides.deepspeed:
+        message = f"has no meaning with parallel.engine={config.parallel.engine}; remove it, or change the engine"
+        yield Conflict(("engine_overrides", "deepspeed"), dict(config.engine_overrides.deepspeed), message, (engine,))
+    if config.parallel.engine != "torch" and config.train.compile:
         message = "compiles with parallel.engine=torch only; remove it, or change the engine"
         yield Conflict(("train", "compile"), True, message, (engine,))
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sparsetrain.config.checks import Conflict, conflicts, world_conflicts
+from sparsetrain.config.checks import conflicts, world_conflicts
+from sparsetrain.config.conflict import Conflict
 from sparsetrain.config.explain import problems_of, value_at
 from sparsetrain.config.navigate import nearest, section_at
 from sparsetrain.config.origin import FilePosition, KeyPath, Origins, origin_of, run_wide

@@ -109,6 +109,8 @@ class TrainConfig(Section):
     eval_every_steps: Int = Field(default=50, gt=0)
     eval_tokens: Count = Field(default=64 * 1024, gt=0)
     """Held-out tokens an evaluation reads, at most."""
+    sample_tokens: Int = Field(default=200, ge=0)
+    """Tokens that the model writes when a run is done, at most; 0: none. Each takes a forward pass."""
     max_bad_steps: Int = Field(default=10, ge=0)
     """Steps with a NaN or infinite loss or gradient that may be skipped before the run stops."""
     init_from: str | None = None
@@ -142,7 +144,7 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """How the model is laid over ranks."""
 
-    engine: Literal["torch", "deepspeed"] = "torch"
+    engine: Literal["torch", "deepspeed", "megatron"] = "torch"
     """The library that lays the model over ranks. Losses, masks and checkpoints do not depend on it."""
     zero: Annotated[Int, Field(ge=0, le=3)] | None = None
     """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too.
@@ -159,9 +161,20 @@ class ParallelConfig(Section):
     """Ranks that share the experts, the rest replicate; default all ranks."""
     fssdp: FssdpConfig = FssdpConfig()
     """How experts are replicated and moved; of it, dispatch and pipeline are for experts=ep, too."""
-    tp: Literal[1] = 1
-    pp: Literal[1] = 1
-    cp: Literal[1] = 1
+    tp: Int = Field(default=1, gt=0)
+    """With engine=megatron: consecutive ranks that cut every matrix between them (tensor parallelism)."""
+    pp: Int = Field(default=1, gt=0)
+    """With engine=megatron: stages that each hold an equal part of the layers (pipeline parallelism)."""
+    cp: Int = Field(default=1, gt=0)
+    """With engine=megatron: ranks that each hold a stretch of every sample (context parallelism)."""
+    sp: bool = False
+    """With tp > 1: between the matrices, too, ranks share the tokens instead of all holding them (sequence
+    parallelism)."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model between them and read the same samples."""
+        return self.tp * self.pp * self.cp
 
     @property
     def zero_stage(self) -> int:
@@ -176,6 +189,25 @@ class ParallelConfig(Section):
             raise KeyConflict(
                 "shard",
                 "full is engine=torch's sharding; with engine=deepspeed write zero: 3 instead, or engine: torch",
+            )
+        if self.engine == "megatron" and self.shard == "full":
+            raise KeyConflict(
+                "shard",
+                "full is engine=torch's sharding; engine=megatron shards by tp and pp: write shard: ddp, "
+                "or engine: torch",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _only_megatron_cuts_the_model(self) -> Self:
+        for key in ("tp", "pp", "cp", "sp"):
+            if self.engine != "megatron" and getattr(self, key) != type(self).model_fields[key].default:
+                raise KeyConflict(
+                    key, f"engine={self.engine} cannot do this, megatron can; write engine: megatron, or remove it"
+                )
+        if self.sp and self.tp == 1:
+            raise KeyConflict(
+                "sp", "shares tokens among tensor-parallel ranks, and tp=1; write a larger tp, or remove it"
             )
         return self
 

@@ -40,15 +40,12 @@ class TorchEngine:
         self._precision = config.train.precision
         if world.device.type == "cpu":
             keep_freed_memory()
-        with torch.device("meta"):
-            self._module = Transformer(config.model, vocab_size, max_seq_len)
-        use_sparse_linears(self._module)  # any phase may have rules
+        self._module = self._make_module(config, vocab_size, max_seq_len)
         self._has_experts = config.model.moe is not None
         self._aux_loss: Tensor | None = None
         self._prepare_experts(config)
         if config.train.activation_checkpointing:
-            for index, layer in enumerate(self._module.layers):
-                self._module.layers[index] = checkpoint_wrapper(layer)
+            self._recompute_activations()
         self._callable = self._lay_out(config)
         if config.train.compile:
             self._callable.compile()  # in place: parameter names and hooks stay
@@ -56,6 +53,13 @@ class TorchEngine:
         self._experts = self._follow_steps() if self._has_experts else None
         self._find_shards()
         on_move(self._module, lambda _: self._find_shards())
+
+    def _make_module(self, config: RunConfig, vocab_size: int, max_seq_len: int) -> nn.Module:
+        """The bare model, or this rank's part of it, on the meta device."""
+        with torch.device("meta"):
+            model = Transformer(config.model, vocab_size, max_seq_len)
+        use_sparse_linears(model)  # any phase may have rules
+        return model
 
     def _prepare_experts(self, config: RunConfig) -> None:
         if config.parallel.experts is not None:
@@ -74,6 +78,15 @@ class TorchEngine:
             controller.load_state_dict(earlier.state_dict())
         return controller
 
+    def _recompute_activations(self) -> None:
+        for index, layer in enumerate(self._layers):
+            self._layers[index] = checkpoint_wrapper(layer)
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        layers: nn.ModuleList = self._module.get_submodule("layers")  # type: ignore[assignment]
+        return layers
+
     def _lay_out(self, config: RunConfig) -> nn.Module:
         """Give the weights their first values, and spread the model over the ranks; returns the module to call."""
         if config.parallel.shard == "full":
@@ -84,7 +97,7 @@ class TorchEngine:
         return self._parallelize(config)
 
     def _parallelize(self, config: RunConfig) -> nn.Module:
-        return parallelize_data(self._module, self._module.layers, config.parallel, self._world)
+        return parallelize_data(self._module, self._layers, config.parallel, self._world)
 
     def _materialize(self, config: RunConfig) -> None:
         self._module.to_empty(device=self._world.device)
@@ -97,8 +110,8 @@ class TorchEngine:
         self._shards = weight_shards(self._callable, self._optimizer)
 
     @property
-    def module(self) -> Transformer:
-        """The bare model."""
+    def module(self) -> nn.Module:
+        """The bare model; see Engine."""
         return self._module
 
     @property

@@ -29,6 +29,20 @@ class World:
     device: torch.device
     timeout: timedelta | None = None
     """How long a collective waits for a rank that does not come; None: torch's default."""
+    inner: int = 1
+    """Consecutive ranks that read the same samples: they share matrices, or the tokens of a sample."""
+    stages: int = 1
+    """Contiguous blocks of ranks, of which each does a part of the layers."""
+
+    @property
+    def num_shares(self) -> int:
+        """Into how many shares a batch is cut: one for each copy of the model."""
+        return self.size // (self.inner * self.stages)
+
+    @property
+    def share(self) -> int:
+        """Which of them this rank reads."""
+        return self.rank // self.inner % self.num_shares
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +91,10 @@ def join_world(config: RunConfig) -> Iterator[World]:
         if dist.is_initialized():
             _kept_groups.add(dist.group.WORLD)
             timeout = timedelta(seconds=config.cluster.collective_timeout_s)
-            yield World(dist.get_rank(), dist.get_world_size(), device, timeout)
+            layout = config.parallel
+            yield World(
+                dist.get_rank(), dist.get_world_size(), device, timeout, inner=layout.tp * layout.cp, stages=layout.pp
+            )
         else:
             yield World(0, 1, device)
     finally:
@@ -88,9 +105,9 @@ def join_world(config: RunConfig) -> Iterator[World]:
 
 
 def _needs_group(config: RunConfig) -> bool:
-    # fully_shard and experts need a mesh, and a mesh a process group, also for one rank; and so does DeepSpeed.
+    # fully_shard and experts need a mesh, and a mesh a process group, also for one rank; and so do the libraries.
     parallel = config.parallel
-    needs_one = parallel.shard == "full" or parallel.experts is not None or parallel.engine == "deepspeed"
+    needs_one = parallel.shard == "full" or parallel.experts is not None or parallel.engine != "torch"
     return "WORLD_SIZE" in os.environ or needs_one
 
 

@@ -7,7 +7,7 @@ import torch
 from sparsetrain.config import BpeTokenizer, ByteTokenizer, RunConfig, TokenizerFile, check_world
 from sparsetrain.data import Dataset, Progress
 from sparsetrain.data.tokenizer import read_tokenizer_file
-from sparsetrain.engines import require_deepspeed
+from sparsetrain.engines import require_deepspeed, require_megatron
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import describe_parameters, match_rules
 from sparsetrain.training.attention_check import check_attention
@@ -43,6 +43,7 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
     for size in [world_size] if world_size else reversed(config.cluster.world_sizes):
         check_world(config, size)
     require_deepspeed(config)
+    require_megatron(config)
     check_attention(config)
     with torch.device("meta"):
         model = Transformer(config.model, vocab_rows(config, vocab_size_of(config)), max_seq_len(config))

@@ -46,9 +46,10 @@ def evaluate(loss_of: LossOf, dataset: Dataset, world: World, *, batch_size: int
     if dataset.num_eval_tokens == 0:
         return None
     sums = torch.zeros(3, dtype=torch.float64)  # loss, targets, bytes
-    for batch in dataset.eval_batches(batch_size, max_tokens, rank=world.rank, world_size=world.size):
+    for batch in dataset.eval_batches(batch_size, max_tokens, rank=world.share, world_size=world.num_shares):
         counted = int((batch.targets != NOT_COUNTED).sum())
         loss = loss_of(batch).item()
         sums += torch.tensor([loss, counted, dataset.target_bytes(batch)], dtype=torch.float64)
-    loss_sum, num_targets, num_bytes = world.sum_(sums.to(world.device)).tolist()
-    return EvalResult(loss_sum / num_targets, loss_sum / math.log(2) / num_bytes, int(num_targets))
+    readers = world.size // world.num_shares  # of each share, which all come to the same
+    loss_sum, num_targets, num_bytes = (world.sum_(sums.to(world.device)) / readers).tolist()
+    return EvalResult(loss_sum / num_targets, loss_sum / math.log(2) / num_bytes, round(num_targets))

@@ -5,7 +5,8 @@ import torch
 from sparsetrain.checkpoint.agreement import on_every_rank
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Tokenizer
-from sparsetrain.engines import DeepSpeedEngine, Engine, TorchEngine
+from sparsetrain.engines import DeepSpeedEngine, Engine, TorchEngine, require_megatron
+from sparsetrain.engines.megatron_support import keep_megatron_quiet
 from sparsetrain.errors import ConfigError, PlacementError
 from sparsetrain.models import padded_vocab
 from sparsetrain.models.transformer import TransformerLayer
@@ -41,7 +42,17 @@ def max_seq_len(config: RunConfig) -> int:
 
 
 def engine_of(config: RunConfig) -> type[TorchEngine]:
-    """The class of the config's engine."""
+    """The class of the config's engine.
+
+    Raises:
+        ConfigError: It is Megatron, and that is not installed, or cannot run on the run's device.
+    """
+    if config.parallel.engine == "megatron":
+        require_megatron(config)
+        keep_megatron_quiet()
+        from sparsetrain.engines.megatron_engine import MegatronEngine  # it imports Megatron, which may be missing
+
+        return MegatronEngine
     return {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}[config.parallel.engine]
 
 

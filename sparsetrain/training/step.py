@@ -81,8 +81,8 @@ def train_step(
 
 def micro_batches(dataset: Dataset, first: int, count: int, micro_batch_size: int, world: World) -> list[Batch]:
     """This rank's share of the global batch [first, first + count): consecutive samples, cut into micro-batches."""
-    share = count // world.size
-    start = first + world.rank * share
+    share = count // world.num_shares
+    start = first + world.share * share
     stop = start + share
     return [dataset.batch(at, min(micro_batch_size, stop - at)) for at in range(start, stop, micro_batch_size)]
 

@@ -1,0 +1,189 @@
+"""Megatron-Core: matrices cut over tensor-parallel ranks, layers over stages, samples over context-parallel ranks.
+
+Megatron's schedules run the model, its layers exchange activations and its DistributedDataParallel adds up gradients.
+Clipping by the true norm, the masks and AdamW are ours, and see weights through their shards as on every engine.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu, tensor_parallel
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.optim import Optimizer
+
+from sparsetrain.config import OptimizerConfig, RunConfig
+from sparsetrain.data import NOT_COUNTED, Batch
+from sparsetrain.engines.megatron_model import MegatronModel, Shape
+from sparsetrain.engines.megatron_schedule import Stage, replicated, run_schedule
+from sparsetrain.engines.optimizer import build_optimizer
+from sparsetrain.engines.torch_engine import TorchEngine
+from sparsetrain.models import initialize_
+from sparsetrain.moe import auxiliary_loss, moe_layers
+from sparsetrain.moe.routers.replay import ReplayRouter
+from sparsetrain.parallel import World, set_gradient_sync, store_parameters
+from sparsetrain.sharding import weight_shards
+
+
+class MegatronEngine(TorchEngine):
+    """A transformer on Megatron-Core; arguments are those of TorchEngine.
+
+    A rank holds its part of the model only, from the beginning.
+    """
+
+    _module: MegatronModel
+
+    def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int, total_steps: int) -> None:
+        _make_groups(config)
+        super().__init__(config, world, vocab_size=vocab_size, max_seq_len=max_seq_len, total_steps=total_steps)
+
+    def _make_module(self, config: RunConfig, vocab_size: int, max_seq_len: int) -> MegatronModel:
+        shape = Shape(
+            config.model,
+            vocab_size,
+            max_seq_len,
+            sequence_parallel=config.parallel.sp,
+            recompute=config.train.activation_checkpointing,
+        )
+        with torch.device("meta"):
+            return MegatronModel(shape)
+
+    def _prepare_experts(self, config: RunConfig) -> None:
+        if config.parallel.experts is not None:
+            self._module.spread_experts(config.parallel, timedelta(seconds=config.cluster.collective_timeout_s))
+        for _, layer in moe_layers(self._module):
+            if isinstance(layer.router, ReplayRouter):
+                layer.router.source = self._world.share
+
+    def _recompute_activations(self) -> None:
+        """Megatron does it itself; see Shape."""
+
+    def _lay_out(self, config: RunConfig) -> nn.Module:
+        self._module.to_empty(device=self._world.device)
+        initialize_(self._module, config.model, config.seed)
+        self._stores = list(store_parameters(self._module).values())
+        stage = Stage(self._module, {id(parameter) for parameter in self._stores}, self._autocast)
+        self._stage_size = self._world.size // config.parallel.pp
+        self._is_last_stage = mpu.is_pipeline_last_stage()
+        # Tensor-parallel ranks all come to the same loss: one of them speaks.
+        self._speaks = self._is_last_stage and mpu.get_tensor_model_parallel_rank() == 0
+        return replicated(stage)
+
+    def _new_optimizer(self, config: OptimizerConfig) -> Optimizer:
+        return build_optimizer(self._module, config, self._world.device)
+
+    def _find_shards(self) -> None:
+        self._shards = weight_shards(self._module, self._optimizer)
+
+    def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """Accumulate the gradient of the mean loss over the global batch, balance losses included; see Engine."""
+        batches = [batch.to(self._world.device) for batch in micro_batches]
+        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in batches]).sum()
+        num_targets = self._world.sum_(num_targets) // self._layout.model_ranks
+        totals = torch.zeros(2, device=self._world.device)  # cross entropy, what is added to it
+
+        def finish(index: int, y: Tensor) -> Tensor:
+            if self._speaks:
+                totals[0] += y.detach()
+            scaled = y / num_targets if self._is_last_stage else y
+            if self._has_experts:
+                added = self._added_loss()
+                totals[1] += added.detach()
+                scaled = _AlsoDifferentiate.apply(scaled, added / num_targets)
+                # Backward passes come later than the forward passes of other micro-batches.
+                scaled.register_hook(lambda _: set_gradient_sync(self._module, index == len(batches) - 1))
+            return scaled
+
+        self._callable.zero_grad_buffer()
+        run_schedule(self._callable, batches, finish, forward_only=False)
+        self._reduce_gradients()
+        means = self._world.sum_(totals) / num_targets
+        self._aux_loss = means[1] if self._has_experts else None
+        return means[0]
+
+    def _added_loss(self) -> Tensor:
+        if not moe_layers(self._module):  # a stage may have none
+            return torch.zeros((), device=self._world.device)
+        return auxiliary_loss(self._module, "sum")
+
+    @torch.no_grad()
+    def _reduce_gradients(self) -> None:
+        """Add up over ranks what each has of the gradient, and put it where the optimizer looks."""
+        for _, parameter in self._module.replicated_parameters():
+            dist.all_reduce(parameter.main_grad, group=mpu.get_tensor_model_parallel_group())
+        self._callable.finish_grad_sync()
+        for parameter in self._callable.params_with_grad:
+            parameter.grad = parameter.main_grad
+        for parameter in self._stores:  # averaged already
+            if parameter.grad is not None:
+                parameter.grad *= self._stage_size
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """Sum of the losses over the counted targets of this rank's samples; the same on all ranks that read them."""
+        total = torch.zeros((), device=self._world.device)
+
+        def add(_: int, y: Tensor) -> Tensor:
+            if self._speaks:
+                total.add_(y)
+            return y
+
+        run_schedule(self._callable, [batch.to(self._world.device)], add, forward_only=True)
+        dist.all_reduce(total, group=mpu.get_model_parallel_group())
+        dist.all_reduce(total, group=mpu.get_context_parallel_group())
+        return total
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
+        # Ranks share the tokens evenly; none looks at what comes after it.
+        ways = self._layout.cp * self._layout.tp
+        padding = -len(tokens) % ways
+        tokens_1T = nn.functional.pad(tokens, (0, padding)).unsqueeze(0).to(self._world.device)
+        logits_V = torch.zeros(self._module.shape.vocab_size, device=self._world.device)
+        holder, place = divmod(len(tokens) - 1, tokens_1T.shape[1] // self._layout.cp)
+
+        def take(_: int, y: Tensor) -> Tensor:
+            if self._is_last_stage and mpu.get_context_parallel_rank() == holder:
+                logits_V.copy_(y[0, place])
+            return y
+
+        run_schedule(self._callable, [Batch(tokens_1T, None, None, None)], take, forward_only=True)
+        for group in (mpu.get_pipeline_model_parallel_group(), mpu.get_context_parallel_group()):
+            dist.all_reduce(logits_V, group=group)
+        return logits_V
+
+    def describe(self) -> str:
+        """One line for people."""
+        layout = self._layout
+        sizes = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp}
+        parts = [f"{name} {size}" for name, size in sizes.items() if size > 1] + ["sequence"] * layout.sp
+        parts.append(f"data {self._world.num_shares}")
+        return self._describe("Megatron", " × ".join(parts) + " parallel")
+
+
+class _AlsoDifferentiate(torch.autograd.Function):
+    """Passes activations on to the next stage, and 1 as the gradient of a loss that was found on this one."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, loss: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad_y, torch.ones((), dtype=torch.float32, device=grad_y.device)
+
+
+def _make_groups(config: RunConfig) -> None:
+    """Megatron's process groups for the run's layout, in place of those of an earlier run in this process."""
+    mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        config.parallel.tp,
+        config.parallel.pp,
+        context_parallel_size=config.parallel.cp,
+        distributed_timeout_minutes=config.cluster.collective_timeout_s / 60,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
