@@ -59,6 +59,24 @@ start_ray() { # NAMESPACE ARGUMENTS: in the background, with one CPU
     >"$folder/ray-$namespace.log" 2>&1 &
 }
 
+wait_for() { # WHAT COMMAND: repeated until it succeeds
+  local what=$1 deadline=$((SECONDS + 60))
+  shift
+  until "$@" 2>/dev/null; do
+    if ((SECONDS > deadline)); then
+      echo "$what did not come up:" >&2
+      cat "$folder"/ray-*.log >&2
+      exit 1
+    fi
+    sleep 1
+  done
+}
+
+checkup_sees_both_nodes() {
+  ip netns exec "$STEM-a" sparsetrain doctor --cluster --address "$HEAD_IP:$PORT" >"$folder/checkup.txt" &&
+    grep --quiet " 2 nodes" "$folder/checkup.txt"
+}
+
 for program in ip tc ray sparsetrain; do
   if ! command -v "$program" >/dev/null; then skip "$program is not on the path"; fi
 done
@@ -68,13 +86,10 @@ build_link
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 start_ray a --head --node-ip-address="$HEAD_IP" --port="$PORT" --temp-dir="$folder/ray" --include-dashboard=false
-for _ in $(seq 60); do
-  ip netns exec "$STEM-a" bash -c "exec 3<>/dev/tcp/$HEAD_IP/$PORT" 2>/dev/null && break
-  sleep 1
-done
+wait_for "the head" ip netns exec "$STEM-a" bash -c "exec 3<>/dev/tcp/$HEAD_IP/$PORT"
 start_ray b --address="$HEAD_IP:$PORT" --node-ip-address="$WORKER_IP"
-until grep --quiet "Ray runtime started" "$folder/ray-b.log"; do sleep 1; done
-ip netns exec "$STEM-a" sparsetrain doctor --cluster --address "$HEAD_IP:$PORT"
+wait_for "the second node" checkup_sees_both_nodes
+cat "$folder/checkup.txt"
 
 before=$(crossed)
 ip netns exec "$STEM-a" sparsetrain train "$CONFIG" --address "$HEAD_IP:$PORT" "output=$folder/run" \
