@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from sparsetrain.config.run import OptimizerConfig
-from sparsetrain.sharding import DescribesWeights
+from sparsetrain.engines.fused_adam import optimizer_class
+from sparsetrain.sharding import DescribesWeights, PartOfModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def optimizer_groups(module: nn.Module) -> list[OptimizerGroup]:
     stacked = {
         id(parameter)
         for submodule in module.modules()
-        if isinstance(submodule, DescribesWeights)
+        if isinstance(submodule, DescribesWeights) and not isinstance(submodule, PartOfModel)
         for parameter in submodule.parameters()
     }
     members: dict[tuple[bool, bool], list[Tensor]] = {
@@ -43,14 +44,14 @@ def optimizer_groups(module: nn.Module) -> list[OptimizerGroup]:
 
 
 def adamw(groups: Sequence[OptimizerGroup], config: OptimizerConfig, device: torch.device) -> AdamW:
-    """AdamW in its fused form.
+    """AdamW in its fused form: torch's, or that of apex or Transformer Engine (see `optimizer_class`).
 
     Args:
         groups: What to optimise.
         config: Learning rate (the loop's schedule overwrites it each step), betas, eps, weight decay.
         device: Where the parameters live; its optimizer kernel is used.
     """
-    return AdamW(
+    return optimizer_class(device)(
         [
             {"params": list(group.parameters), "weight_decay": config.weight_decay if group.is_decayed else 0.0}
             for group in groups

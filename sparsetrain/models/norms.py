@@ -3,6 +3,9 @@
 Shapes: D model dim; ... any leading dims.
 """
 
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,8 +33,26 @@ class RMSNorm(nn.Module):
         if x.is_cpu and not torch.compiler.is_compiling():
             y: Tensor = _CpuRMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         else:
-            y = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            y = self._fused(x)
         return y.to(compute_dtype(x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        apex = None if torch.compiler.is_compiling() or not x.is_cuda else find_rms_norm()
+        if apex is None:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y: Tensor = apex(x, self.weight, self.weight.shape, self.eps)
+        return y
+
+
+@cache
+def find_rms_norm() -> Callable[..., Tensor] | None:
+    """apex's RMSNorm(x, weight, normalised shape, eps) for CUDA, with a backward pass of its own; None without apex."""
+    try:
+        import_module("fused_layer_norm_cuda")  # its kernels, which it imports at the first call only
+        found: Callable[..., Tensor] = import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
+    except (ImportError, AttributeError):  # not installed, or another package of that name
+        return None
+    return found
 
 
 class LayerNorm(nn.LayerNorm):

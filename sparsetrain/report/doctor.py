@@ -15,6 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from sparsetrain_kernels.dispatch import TableError, hardware_name, load_table, own_table, shipped_table
 
+from sparsetrain.engines.fused_adam import AdamKernel, find_adam_kernel
+from sparsetrain.models.norms import find_rms_norm
 from sparsetrain.planning.hardware import Hardware, describe_hardware, measured_matmul_peak
 from sparsetrain.training.formatting import quantity
 
@@ -23,7 +25,6 @@ _LITTLE_MEMORY_BYTES = 3e9
 _LITTLE_SHARED_MEMORY_BYTES = 0.5e9
 _SHARED_MEMORY = Path("/dev/shm")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_UNUSED_LIBRARIES = ("megatron-core", "transformer-engine", "apex")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Findings:
     compiler_path: str | None
     has_python_headers: bool
     has_nvidia_driver: bool
+    optimizer_kernel: str = "torch"
+    """The library whose kernel updates weights."""
+    norm_kernel: str = "torch"
+    """The library whose kernel normalises activations."""
     kernel_table: Path | None = None
     """Measured times that kernels are chosen by; None where there are none of this hardware."""
     kernel_table_error: str = ""
@@ -100,9 +105,15 @@ def examine(folder: Path) -> Findings:
         compiler_path=shutil.which(shlex.split(compiler)[0]),
         has_python_headers=(Path(sysconfig.get_path("include")) / "Python.h").exists(),
         has_nvidia_driver=_NVIDIA_DRIVER.exists(),
+        optimizer_kernel=_library_of(find_adam_kernel() if device == "cuda" else None),
+        norm_kernel="apex" if device == "cuda" and find_rms_norm() is not None else "torch",
         kernel_table=table,
         kernel_table_error=table_error,
     )
+
+
+def _library_of(kernel: AdamKernel | None) -> str:
+    return "torch" if kernel is None else kernel.library
 
 
 def _find_kernel_table(device: str) -> tuple[Path | None, str]:
@@ -230,9 +241,10 @@ def _engine_rows(findings: Findings) -> list[tuple[str, str]]:
         collectives, bf16 = "gloo", f"bf16 autocast ({how})"
     compiles = f"{'Triton and ' if on_gpu else ''}{findings.compiler_path}; only with train.compile=true"
     return [
-        ("engines", f"torch{_deepspeed(hardware.versions)}"),
+        ("engines", _engines(hardware.versions)),
         ("collectives", collectives),
-        ("optimizer", "AdamW, torch's fused kernel"),
+        ("optimizer", f"AdamW, {findings.optimizer_kernel}'s fused kernel"),
+        ("norms", f"{findings.norm_kernel}'s fused kernels"),
         ("precision", f"fp32, or {bf16}"),
         ("torch.compile", "cannot be used here, see below" if _compile_lacks(findings)[0] else compiles),
         ("zeroed weights", "dense matmuls that multiply zeros like other weights: FLOPs saved are nominal"),
@@ -247,18 +259,17 @@ def _kernel_choice(table: Path | None) -> str:
     return f"each call the fastest by the times in {table}"
 
 
-def _deepspeed(versions: Mapping[str, str]) -> str:
-    """What to say of DeepSpeed after the name of another engine."""
-    if "deepspeed" not in versions:
-        return "; DeepSpeed is not installed, see the extra deepspeed"
-    return f", or DeepSpeed {versions['deepspeed']} with parallel.engine=deepspeed"
+def _engines(versions: Mapping[str, str]) -> str:
+    """What parallel.engine may be here, and which extra brings the rest."""
+    libraries = (("deepspeed", "deepspeed", "DeepSpeed"), ("megatron", "megatron-core", "Megatron-Core"))
+    there = [f"{name} ({label} {versions[key]})" for name, key, label in libraries if key in versions]
+    missing = [f"the extra {name}" for name, key, _ in libraries if key not in versions]
+    installed = ", ".join(["torch", *there])
+    return f"{installed}; not installed: {' and '.join(missing)}" if missing else installed
 
 
 def _library_rows(findings: Findings) -> list[tuple[str, str]]:
-    versions = findings.hardware.versions
-    used = [f"{name} {version}" for name, version in versions.items() if name not in _UNUSED_LIBRARIES]
-    unused = [f"{name} {versions[name]}" for name in _UNUSED_LIBRARIES if name in versions]
-    return [("found", ", ".join(used)), *([("found, not used", ", ".join(unused))] if unused else [])]
+    return [("found", ", ".join(f"{name} {version}" for name, version in findings.hardware.versions.items()))]
 
 
 def _print_problems(problems: list[Problem], console: Console) -> None:

@@ -61,7 +61,8 @@ def test_cpu_machine_is_described_with_what_a_run_will_use(monkeypatch):
         "torch.compile /usr/bin/g++; only with train.compile=true",
         "workers Ray, or this process with --in-process",
         "found python 3.11.7, torch 2.13.0, ray 2.60.0, deepspeed 0.19.8",
-        "engines torch, or DeepSpeed 0.19.8 with parallel.engine=deepspeed",
+        "norms torch's fused kernels",
+        "engines torch, deepspeed (DeepSpeed 0.19.8); not installed: the extra megatron",
         "no problems found",
     ):
         assert line in lines
@@ -153,3 +154,10 @@ def test_times_that_cannot_be_read_are_a_problem(monkeypatch, tmp_path):
     (problem,) = find_problems(replace(HEALTHY, kernel_table=found[0], kernel_table_error=found[1]))
     assert str(path) in problem.what
     assert problem.fix == "delete it, or measure anew with `sparsetrain doctor --tune`"
+
+
+def test_what_updates_and_normalises_is_named(monkeypatch):
+    found = replace(on_gpu(), optimizer_kernel="Transformer Engine", norm_kernel="apex")
+    lines = printed(found, monkeypatch)
+    assert "optimizer AdamW, Transformer Engine's fused kernel" in lines
+    assert "norms apex's fused kernels" in lines
