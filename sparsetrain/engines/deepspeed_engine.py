@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import Batch
-from sparsetrain.engines.deepspeed_config import deepspeed_config, require_deepspeed
+from sparsetrain.engines.deepspeed_config import deepspeed_config, offloads_optimizer, require_deepspeed
 from sparsetrain.engines.optimizer import OptimizerGroup, adamw, optimizer_groups
 from sparsetrain.engines.torch_engine import TorchEngine
 from sparsetrain.engines.zero_partitions import ZeroPartitions, moments_reader, weights_in_parameters
@@ -46,6 +46,7 @@ class DeepSpeedEngine(TorchEngine):
 
     def _lay_out(self, config: RunConfig) -> nn.Module:
         require_deepspeed(config)
+        self._optimizer_device = torch.device("cpu") if offloads_optimizer(config) else self._world.device
         self._materialize(config)
         self._groups = optimizer_groups(self._module)
         stores = store_parameters(self._module)
@@ -70,8 +71,7 @@ class DeepSpeedEngine(TorchEngine):
                 for parameter in layer.router.parameters():
                     deepspeed.zero.register_external_parameter(layer, parameter)
         if stage > 0:
-            assert dist.group.WORLD is not None
-            self._partitions = ZeroPartitions(self._library.optimizer, stage, weights, dist.group.WORLD)
+            self._partitions = ZeroPartitions(self._library.optimizer, stage, weights, self._group_of_partitions())
             flat = {id(group): self._partitions.of_group(at) for at, group in enumerate(ours)}
             self._groups = [
                 OptimizerGroup(flat.get(id(group), group.parameters), group.is_decayed) for group in self._groups
@@ -79,8 +79,16 @@ class DeepSpeedEngine(TorchEngine):
         module: nn.Module = self._library
         return module
 
+    def _group_of_partitions(self) -> dist.ProcessGroup:
+        """The ranks that share the weights, as a group that can send from where these are optimised."""
+        if self._optimizer_device == self._world.device:
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._world.timeout)
+        return group
+
     def _new_optimizer(self, config: OptimizerConfig) -> Optimizer:
-        return adamw(self._groups, config, self._world.device)
+        return adamw(self._groups, config, self._optimizer_device)
 
     def _find_shards(self) -> None:
         rank = self._world.rank
@@ -106,6 +114,8 @@ class DeepSpeedEngine(TorchEngine):
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Leave the averaged gradient in the shards; see Engine."""
+        if self._partitions is not None:
+            self._partitions.expect_gradients()
         loss = super().forward_backward(micro_batches)
         if self._partitions is not None:
             self._partitions.take_gradients()
@@ -130,7 +140,8 @@ class DeepSpeedEngine(TorchEngine):
 
     def describe(self) -> str:
         """One line for people."""
-        return self._describe("DeepSpeed", f"ZeRO-{self._layout.zero_stage}")
+        is_offloaded = self._optimizer_device != self._world.device
+        return self._describe("DeepSpeed", f"ZeRO-{self._layout.zero_stage}{' offloaded' if is_offloaded else ''}")
 
     def _loss(self, batch: Batch) -> Tensor:
         self._gather_if_stale()

@@ -53,6 +53,8 @@ class ZeroPartitions:
         self._flat: list[Tensor] = (
             zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
         )
+        # There only if weights are optimised in the host's memory: ZeRO writes the last micro-batch's sum into them.
+        self._host_grads = [flat.grad for flat in self._flat if flat.grad is not None]
 
     def of_group(self, index: int) -> list[Tensor]:
         """The flat parameters that hold this rank's part of a parameter group of the optimizer that ZeRO was given."""
@@ -94,13 +96,27 @@ class ZeroPartitions:
         )
 
     @torch.no_grad()
+    def expect_gradients(self) -> None:
+        """Make room for the gradients of a step, where ZeRO wants room."""
+        for flat, grad in zip(self._flat, self._host_grads, strict=bool(self._host_grads)):
+            flat.grad = grad.zero_()
+
+    @torch.no_grad()
     def take_gradients(self) -> None:
         """Move the averaged gradients of a backward pass from ZeRO's lists into `.grad` of the flat parameters."""
+        if self._host_grads:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # they are on their way to the host
+            self._finish_step()
+            return
         for index, flat in enumerate(self._flat):
             parts = self._zero.averaged_gradients[index]
             whole = getattr(parts, "flat_partition", None)  # ZeRO-2 has them flat already
             flat.grad = torch.cat([part.reshape(-1) for part in parts]) if whole is None else whole
             self._zero.averaged_gradients[index] = None
+        self._finish_step()
+
+    def _finish_step(self) -> None:
         self._zero.zero_grad()
         self._zero.micro_step_id = 0 if self._stage == 3 else -1  # as after a step of its own
 

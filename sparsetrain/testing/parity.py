@@ -9,6 +9,7 @@ depends on every entry of every mask, also step by step, so masks that are equal
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +20,25 @@ from rich.table import Table
 
 from sparsetrain.config import RunConfig
 from sparsetrain.data import Batch
-from sparsetrain.parallel import join_world
+from sparsetrain.engines import Engine
+from sparsetrain.parallel import World, join_world
 from sparsetrain.sharding import WeightShard
 from sparsetrain.sparsity import Sparsifier
 from sparsetrain.sparsity.keys import random_keys
 from sparsetrain.testing.distributed import run_distributed
+from sparsetrain.testing.megatron_cpu import megatron_on_cpu
 from sparsetrain.training.setup import engine_of
 
 STEPS = 20
-_VOCABULARY, _SEQ_LEN, _SAMPLES, _MICRO_BATCH = 64, 16, 16, 2
+_VOCABULARY, _SEQ_LEN, _SAMPLES, _MICRO_BATCH = 64, 48, 8, 2
 _CLIP = 0.5
 """Below the gradient's norm, so that clipping does something in every step."""
 
 _ZERO = {f"deepspeed, ZeRO-{stage}": {"engine": "deepspeed", "zero": stage} for stage in range(4)}
 _FSSDP = {"experts": "fssdp", "fssdp": {"reshard_every_steps": 5, "replan": "always"}}
+
+KINDS = ("dense", "sparse", "moe", "recipe", "blocks")
+"""Of models; see `model_config`."""
 
 LAYOUTS: dict[str, dict[str, Any]] = {"torch, DDP": {}, "torch, fully_shard": {"shard": "full"}, **_ZERO}
 """What parallel says, by the name of the layout; the first is the reference."""
@@ -41,6 +47,35 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = (
     | {f"{name}, fssdp": parallel | _FSSDP for name, parallel in LAYOUTS.items()}
     | {"deepspeed, ZeRO-3, ep": _ZERO["deepspeed, ZeRO-3"] | {"experts": "ep"}}
 )
+
+_MEGATRON = {"engine": "megatron"}
+MEGATRON_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "megatron, TP1": _MEGATRON,
+        "megatron, TP2": _MEGATRON | {"tp": 2},
+        "megatron, PP2": _MEGATRON | {"pp": 2},
+        "megatron, CP2": _MEGATRON | {"cp": 2},
+    },
+    4: {
+        "megatron, TP2": _MEGATRON | {"tp": 2},
+        "megatron, TP2, PP2": _MEGATRON | {"tp": 2, "pp": 2},
+        "megatron, TP2, sequence, PP2": _MEGATRON | {"tp": 2, "sp": True, "pp": 2},
+        "megatron, PP2, CP2": _MEGATRON | {"pp": 2, "cp": 2},
+    },
+}
+"""Those of Megatron by the number of ranks, which are data-parallel where there are more than the layout names."""
+MEGATRON_EXPERT_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "megatron, EP2": _MEGATRON | {"experts": "ep"},
+        "megatron, PP2": _MEGATRON | {"pp": 2},
+        "megatron, fssdp": _MEGATRON | _FSSDP,
+    },
+    4: {
+        "megatron, TP2, EP2": _MEGATRON | {"tp": 2, "sp": True, "experts": "ep", "ep": 2},
+        "megatron, TP2, fssdp": _MEGATRON | {"tp": 2, "sp": True} | _FSSDP,
+        "megatron, PP2, EP2": _MEGATRON | {"pp": 2, "experts": "ep", "ep": 2},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -75,18 +110,34 @@ class Difference:
 
 
 def model_config(kind: str) -> dict[str, Any]:
-    """The model, rules and layouts of a kind: dense, sparse or moe."""
+    """The model and the rules of a kind.
+
+    dense: no rules. sparse: unstructured masks that move. moe: the same on experts. recipe: n:m seen by the forward
+    pass, another in each half of a layer. blocks: block-sparse attention, and zeros in blocks that kernels can leave
+    out.
+    """
     model: dict[str, Any] = {"dim": 24, "num_layers": 2, "num_heads": 2, "ffn_dim": 40, "vocab_size": 257}
-    rule = {
-        "params": ["*.experts.*"] if kind == "moe" else ["*.attention.*", "*.ffn.*"],
+    if kind == "moe":
+        model["moe"] = {"num_experts": 8, "top_k": 2, "ffn_dim": 16, "aux_loss": 0.01, "z_loss": 0.001}
+    if kind == "blocks":
+        model["attention"] = {"kind": "block_sparse", "block": 16, "heads": [{"kind": "local", "width": 2}]}
+    prune = {
         "method": "prune",
         "distribution": "global",
         "sparsity": 0.75,
         "schedule": {"kind": "cubic", "every_steps": 2},
     }
-    if kind == "moe":
-        model["moe"] = {"num_experts": 8, "top_k": 2, "ffn_dim": 16, "aux_loss": 0.01, "z_loss": 0.001}
-    return {"model": model, "sparsity": [] if kind == "dense" else [rule]}
+    rules: dict[str, list[dict[str, Any]]] = {
+        "dense": [],
+        "sparse": [{"params": ["*.attention.*", "*.ffn.*"], **prune}],
+        "moe": [{"params": "*.experts.*", **prune}],
+        "recipe": [
+            {"params": "*.ffn.*", "method": "sr_ste", "pattern": "2:4"},
+            {"params": "*.attention.*", "method": "bdwp", "pattern": "2:4"},
+        ],
+        "blocks": [{"params": "*.ffn.*", "pattern": "block[8,8]", **prune}],
+    }
+    return {"model": model, "sparsity": rules[kind]}
 
 
 def train_layouts(kind: str, layouts: Mapping[str, Mapping[str, Any]], steps: int = STEPS) -> dict[str, Curve]:
@@ -94,11 +145,11 @@ def train_layouts(kind: str, layouts: Mapping[str, Mapping[str, Any]], steps: in
     return {name: train_layout(kind, parallel, steps) for name, parallel in layouts.items()}
 
 
-def train_layout(
+def run_config(
     kind: str, parallel: Mapping[str, Any], steps: int = STEPS, overrides: Mapping[str, Any] | None = None
-) -> Curve:
-    """Train from the same weights on the same batches, with `overrides` for DeepSpeed; collective."""
-    config = RunConfig.model_validate(
+) -> RunConfig:
+    """The run of a kind of model in a layout, with `overrides` for DeepSpeed."""
+    return RunConfig.model_validate(
         {
             "name": "parity",
             "data": {"seq_len": _SEQ_LEN},
@@ -109,13 +160,27 @@ def train_layout(
             **model_config(kind),
         }
     )
-    with join_world(config) as world:
-        engine = engine_of(config)(config, world, vocab_size=_VOCABULARY, max_seq_len=_SEQ_LEN, total_steps=steps)
+
+
+def build_engine(config: RunConfig, world: World) -> Engine:
+    """The run's engine on a model of few tokens."""
+    steps = config.train.tokens // config.train.batch_tokens
+    return engine_of(config)(config, world, vocab_size=_VOCABULARY, max_seq_len=_SEQ_LEN, total_steps=steps)
+
+
+def train_layout(
+    kind: str, parallel: Mapping[str, Any], steps: int = STEPS, overrides: Mapping[str, Any] | None = None
+) -> Curve:
+    """Train from the same weights on the same batches, with `overrides` for DeepSpeed; collective."""
+    config = run_config(kind, parallel, steps, overrides)
+    on_this_machine = megatron_on_cpu() if config.parallel.engine == "megatron" else nullcontext()
+    with on_this_machine, join_world(config) as world:
+        engine = build_engine(config, world)
         sparsifier = Sparsifier(config.sparsity, total_steps=steps)
         sparsifier.attach(engine.module, engine.optimizer, shards=engine.weight_shards())
         losses, norms, masks = [], [], []
         for step in range(steps):
-            losses.append(engine.forward_backward(_micro_batches(step, world.rank, world.size)).item())
+            losses.append(engine.forward_backward(micro_batches(step, world.share, world.num_shares)).item())
             sparsifier.mask_gradients()
             norms.append(engine.clip(_CLIP).item())
             engine.step(1e-2)
@@ -123,7 +188,7 @@ def train_layout(
     return Curve(tuple(losses), tuple(norms), tuple(masks))
 
 
-def _micro_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
+def micro_batches(step: int, rank: int, num_ranks: int) -> list[Batch]:
     """A rank's share of a step's samples."""
     generator = torch.Generator().manual_seed(step)
     # Squared: some tokens are frequent, so there is something to learn.
@@ -163,14 +228,24 @@ def available_layouts(kind: str) -> dict[str, dict[str, Any]]:
     return {name: parallel for name, parallel in layouts.items() if has_deepspeed or "engine" not in parallel}
 
 
+def megatron_layouts(kind: str, world_size: int) -> dict[str, dict[str, Any]]:
+    """The reference and the layouts of Megatron for a kind of model; the reference alone where it is not installed."""
+    reference, parallel = next(iter(LAYOUTS.items()))
+    if importlib.util.find_spec("megatron") is None:
+        return {reference: parallel}
+    layouts = MEGATRON_EXPERT_LAYOUTS if kind == "moe" else MEGATRON_LAYOUTS
+    return {reference: parallel} | layouts.get(world_size, {})
+
+
 def main(world_sizes: Sequence[int] = (2, 4)) -> None:
     """Print the table."""
     table = Table(title=f"largest difference from {next(iter(LAYOUTS))} over {STEPS} steps, fp32")
     for column in ("model", "ranks", "engine and layout", "loss", "gradient norm, relative", "masks"):
         table.add_column(column)
-    for kind in ("dense", "sparse", "moe"):
+    for kind in KINDS:
         for world_size in world_sizes:
-            for name, found in compare(kind, world_size, available_layouts(kind)).items():
+            layouts = available_layouts(kind) | megatron_layouts(kind, world_size)
+            for name, found in compare(kind, world_size, layouts).items():
                 same = "bitwise equal" if found.same_masks else "DIFFERENT"
                 cells = (f"{found.loss:.1e}", f"{found.grad_norm:.1e}", "-" if kind == "dense" else same)
                 table.add_row(kind, str(world_size), name, *cells)

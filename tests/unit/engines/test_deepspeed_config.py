@@ -8,6 +8,7 @@ import pytest
 from sparsetrain.config import RunConfig, check_config
 from sparsetrain.engines.deepspeed_config import deepspeed_config, require_deepspeed
 from sparsetrain.errors import ConfigError
+from sparsetrain.training import preflight
 
 
 def run(overrides: dict[str, Any] | None = None, parallel: dict[str, Any] | None = None, **train: Any) -> RunConfig:
@@ -38,7 +39,12 @@ def test_the_config_follows_the_run_and_takes_overrides_in() -> None:
         ({"bf16": {"enabled": True}}, "train.precision"),
         ({"optimizer": {"type": "Adam"}}, "optimizer"),
         ({"train_batch_size": 8}, "train.batch_tokens"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "CPU alone"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio"),
+        ({"zero_optimization": {"cpu_offload": True}}, "offload_optimizer"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "parallel.engine=megatron"),
+        ({"elasticity": {"enabled": True}}, "cluster.min_workers"),
         ({"compression_training": {"sparse_pruning": {}}}, "sparsity rules"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -49,6 +55,29 @@ def test_an_override_that_contradicts_the_run_is_named(overrides: dict[str, Any]
     assert named in str(caught.value)
 
 
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+
+
+def test_the_optimizer_can_be_offloaded_to_the_host() -> None:
+    assert deepspeed_config(run(OFFLOAD))["zero_optimization"] == {"stage": 2, **OFFLOAD["zero_optimization"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"parallel": {"engine": "deepspeed", "zero": 0}}, "parallel.zero"),
+        ({"parallel": {"engine": "deepspeed", "experts": "ep"}}, "parallel.experts"),
+        ({"sparsity": [{"params": "*", "method": "ste", "pattern": "2:4"}]}, "method=static or prune"),
+    ],
+    ids=["stage 0", "experts", "recipe"],
+)
+def test_what_cannot_be_offloaded_is_named(changes: dict[str, Any], named: str) -> None:
+    changed = RunConfig.model_validate(run(OFFLOAD).model_dump() | changes)
+    with pytest.raises(ConfigError, match=r"offload_optimizer") as caught:
+        deepspeed_config(changed)
+    assert named in str(caught.value)
+
+
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -56,6 +85,8 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(ConfigError, match=r"sparsetrain\[deepspeed\]"):
         require_deepspeed(run())
+    with pytest.raises(ConfigError, match=r"sparsetrain\[deepspeed\]"):
+        preflight(run())  # before any text is read, or worker started
     require_deepspeed(run(parallel={}))  # which needs none
 
 
@@ -77,9 +108,9 @@ def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch, version
         ({"zero": 2}, "parallel.zero"),
         ({"engine": "deepspeed", "shard": "full"}, "parallel.shard"),
         ({"engine": "deepspeed", "zero": 4}, "parallel.zero"),
-        ({"engine": "megatron"}, "parallel.engine"),
+        ({"engine": "horovod"}, "parallel.engine"),
     ],
-    ids=["zero on torch", "full on deepspeed", "stage 4", "megatron"],
+    ids=["zero on torch", "full on deepspeed", "stage 4", "another engine"],
 )
 def test_layouts_that_an_engine_cannot_do_are_refused(parallel: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
