@@ -4,6 +4,7 @@ Everything is float32, whatever the precision of matrix products; AdamW keeps tw
 and what a collective gathers for a moment are not in here.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,10 @@ from sparsetrain.config import ParallelConfig, RunConfig
 
 _ITEMSIZE = 4
 _MOMENTS = 2
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_CUT_BY_TENSOR_PARALLELISM = re.compile(
+    r"(embed|head|.*\.(attention\.[qkv]|ffn\.(gate|up)))\.(weight|bias)|.*\.(attention\.o|ffn\.down)\.weight"
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def mesh_of(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
         size = parallel.shard_size or world_size
         mesh = {"replicate": world_size // size, "shard": size}
     if parallel.experts is not None:
-        mesh["expert"] = _expert_ranks(parallel, mesh, world_size)
+        mesh["expert"] = parallel.ep or world_size // parallel.pp
     return mesh
 
 
@@ -62,16 +67,33 @@ def rank_bytes(config: RunConfig, world_size: int, shapes: Mapping[str, tuple[in
         world_size: Number of ranks, as `check_world` allows.
         shapes: Of every weight of the model by name, from `weight_shapes`.
     """
+    stages = config.parallel.pp
+    held = [_held_by_stage(config, world_size // stages, shapes, stage) for stage in range(stages)]
+    return max(held, key=lambda bytes_: bytes_.total)
+
+
+def _held_by_stage(config: RunConfig, ranks: int, shapes: Mapping[str, tuple[int, ...]], stage: int) -> RankBytes:
+    """What a rank holds of a pipeline stage that `ranks` share."""
     parallel = config.parallel
-    spread = {name for name in shapes if parallel.experts is not None and ".experts." in name}
-    others = {name: shape for name, shape in shapes.items() if name not in spread}
-    experts = _experts(config, world_size, sum(prod(shapes[name]) for name in spread)) if spread else RankBytes(0, 0, 0)
+    here = {name: shape for name, shape in shapes.items() if _stage_of(name, config) == stage}
+    spread = {name for name in here if parallel.experts is not None and ".experts." in name}
+    others = {name: shape for name, shape in here.items() if name not in spread}
+    experts = _experts(config, ranks, {name: here[name] for name in spread}) if spread else RankBytes(0, 0, 0)
     if parallel.engine == "deepspeed":
-        return experts + _zero(parallel.zero_stage, world_size, sum(map(prod, others.values())))
+        return experts + _zero(parallel.zero_stage, ranks, sum(map(prod, others.values())))
     if parallel.shard == "full":
-        parts = parallel.shard_size or world_size
+        parts = parallel.shard_size or ranks
         return experts + _replicated(sum(_largest_part(shape, parts) for shape in others.values()))
-    return experts + _replicated(sum(map(prod, others.values())))
+    cuts = {name: parallel.tp if _CUT_BY_TENSOR_PARALLELISM.fullmatch(name) else 1 for name in others}
+    return experts + _replicated(sum(prod(shape) // cuts[name] for name, shape in others.items()))
+
+
+def _stage_of(name: str, config: RunConfig) -> int:
+    """The pipeline stage that a weight is on: layers in equal parts, embeddings before them, norm and head after."""
+    layer = _LAYER.match(name)
+    if layer is None:
+        return 0 if name.startswith(("embed.", "positions.")) else config.parallel.pp - 1
+    return int(layer[1]) * config.parallel.pp // config.model.num_layers
 
 
 def _replicated(numel: int) -> RankBytes:
@@ -93,14 +115,10 @@ def _zero(stage: int, world_size: int, numel: int) -> RankBytes:
     return RankBytes(_ITEMSIZE * (weights + part), _ITEMSIZE * gradients, _MOMENTS * _ITEMSIZE * part)
 
 
-def _experts(config: RunConfig, world_size: int, numel: int) -> RankBytes:
-    """Those that a rank owns, of all layers together."""
+def _experts(config: RunConfig, ranks: int, shapes: Mapping[str, tuple[int, ...]]) -> RankBytes:
+    """Those that a rank owns, of all layers of its stage together."""
     assert config.model.moe is not None
-    num_experts = len(config.model.moe_layers) * config.model.moe.num_experts
-    ranks = _expert_ranks(config.parallel, {}, world_size)
-    return _replicated(-(-num_experts // ranks) * (numel // num_experts))
-
-
-def _expert_ranks(parallel: ParallelConfig, mesh: Mapping[str, int], world_size: int) -> int:
-    """Ranks that share one copy of the experts."""
-    return parallel.ep or mesh.get("data", world_size)
+    num_layers = len({_LAYER.match(name)[1] for name in shapes})  # type: ignore[index]
+    num_experts = num_layers * config.model.moe.num_experts
+    numel = sum(map(prod, shapes.values()))
+    return _replicated(-(-num_experts // (config.parallel.ep or ranks)) * (numel // num_experts))

@@ -69,8 +69,24 @@ def test_spread_experts_are_divided_by_their_ranks_whatever_shards_the_rest(para
         ({"shard": "full", "shard_size": 4}, {"replicate": 2, "shard": 4}),
         ({"experts": "fssdp", "ep": 2}, {"data": 8, "expert": 2}),
         ({"shard": "full", "experts": "ep"}, {"replicate": 1, "shard": 8, "expert": 8}),
+        (
+            {"engine": "megatron", "tp": 2, "pp": 2, "experts": "ep"},
+            {"data": 2, "tensor": 2, "pipeline": 2, "expert": 4},
+        ),
     ],
-    ids=["ddp", "hybrid", "expert groups", "experts over all"],
+    ids=["ddp", "hybrid", "expert groups", "experts over all", "megatron"],
 )
 def test_the_mesh_names_what_is_split(parallel: dict[str, Any], mesh: dict[str, int]) -> None:
     assert mesh_of(run(parallel).parallel, 8) == mesh
+
+
+def test_pipeline_stages_hold_their_layers_and_tensor_parallel_ranks_their_part_of_matrices() -> None:
+    config = run({"engine": "megatron", "tp": 2, "pp": 2})
+    layer = (4 * 32 * 32 + 3 * 32 * 64) // 2 + 2 * 32
+    assert held(config, 4).weights == 4 * (layer + 64 * 32 // 2 + 32)  # of the last, which has head and norm
+
+
+def test_experts_of_a_stage_are_divided_by_its_ranks() -> None:
+    config = run({"engine": "megatron", "tp": 2, "sp": True, "pp": 2, "experts": "ep"}, MOE)
+    without = run({"engine": "megatron", "tp": 2, "sp": True, "pp": 2}, MOE)
+    assert held(without, 8).total - held(config, 8).total == (8 - 8 // 4) * EXPERT * 16

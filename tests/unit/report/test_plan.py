@@ -36,6 +36,16 @@ def test_gpt3_xl_has_its_published_size_and_what_sparsity_leaves() -> None:
     assert plan.bytes_a_rank.total == pytest.approx(4 * plan.parameters.total * (1 + 4 / 8), rel=1e-6)
 
 
+def test_the_large_mixture_is_cut_in_three_ways_and_fits_gpus_of_80_gb() -> None:
+    plan = plan_run(load_config(ROOT / "configs/clusters/moe_200b_megatron.yaml"))
+
+    assert plan.mesh == {"data": 16, "tensor": 4, "pipeline": 8, "expert": 64}
+    assert plan.parameters.total / 1e9 == pytest.approx(198, abs=0.5)
+    assert plan.parameters.active / 1e9 == pytest.approx(16.4, abs=0.05)
+    expert = 3 * 5120 * 4096 * 16  # weight, gradient and two moments
+    assert 6 * expert < plan.bytes_a_rank.total < 12 * expert
+
+
 def test_the_command_prints_mesh_sizes_and_phases() -> None:
     found = CliRunner().invoke(
         cli.app, ["plan", str(ROOT / "configs/deepspeed_tiny.yaml"), "cluster.workers=4"], env={"COLUMNS": "200"}
