@@ -11,7 +11,10 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -35,13 +38,22 @@ def job_outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("job-outputs")
 
 
+class Head(NamedTuple):
+    """A running Ray head."""
+
+    address: str
+    """host:port for those who join it."""
+    job_server: str
+    """URL for those who hand it jobs."""
+
+
 @pytest.fixture(scope="module")
-def job_server(job_outputs: Path) -> Iterator[str]:
+def head(job_outputs: Path) -> Iterator[Head]:
     """A Ray head with its dashboard on free ports; every process of it is ended, however the test ends."""
     port, job_port, client, agent = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="ray-head-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         command = [
-            *(str(PROGRAMS / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"),
+            *(str(PROGRAMS / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=3"),
             *("--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=true"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={job_port}"),
             # Two more that every head takes, also when nobody names them:
@@ -52,10 +64,15 @@ def job_server(job_outputs: Path) -> Iterator[str]:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             try:
                 wait_until_listening((port, job_port, agent), process, Path(log.name))
-                yield f"http://127.0.0.1:{job_port}"
+                yield Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{job_port}")
             finally:
                 end_tree(process.pid)
                 process.wait()
+
+
+@pytest.fixture(scope="module")
+def job_server(head: Head) -> str:
+    return head.job_server
 
 
 def program_environment() -> dict[str, str]:
@@ -121,38 +138,70 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder)]
 
 
-def test_ray_job_submit_and_sparsetrain_submit_run_the_same_job(
-    job_server: str, job_outputs: Path, tmp_path: Path
-) -> None:
-    by_ray = run(
-        *("ray", "job", "submit", "--address", job_server, "--runtime-env", "launch/runtime_env.yaml", "--"),
-        *("python", "-m", "sparsetrain", "train", "quick.yaml", "output=by-ray", *TINY),
-    )
-    assert by_ray.returncode == 0, by_ray.stdout + by_ray.stderr
-    assert f"using {job_outputs / 'by-ray'}" in by_ray.stdout
-    by_us = run(
-        *("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server),
-        *(f"output={tmp_path / 'by-us'}", *TINY),
-    )
-    assert by_us.returncode == 0, by_us.stdout + by_us.stderr
-    assert len(losses(tmp_path / "by-us")) == 4
-    assert losses(tmp_path / "by-us") == losses(job_outputs / "by-ray")
-    for folder in (job_outputs / "by-ray", tmp_path / "by-us"):
+class Jobs(NamedTuple):
+    """What became of jobs that end by themselves."""
+
+    by_ray: subprocess.CompletedProcess[str]
+    by_us: subprocess.CompletedProcess[str]
+    by_us_output: Path
+    diverging: subprocess.CompletedProcess[str]
+    without_config: subprocess.CompletedProcess[str]
+    checkup: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def jobs(job_server: str, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Submitted together, because they mostly wait."""
+    folder = tmp_path_factory.mktemp("runs")
+    submit = ("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server)
+    by_ray = ("ray", "job", "submit", "--address", job_server, "--runtime-env", "launch/runtime_env.yaml", "--")
+    train = (*by_ray, "python", "-m", "sparsetrain", "train")
+    diverging = ("optimizer.lr=1e30", "optimizer.grad_clip=null", "train.max_bad_steps=1")
+    with ThreadPoolExecutor() as threads:
+        ran = threads.map(
+            lambda command: run(*command),
+            [
+                (*train, "quick.yaml", "output=by-ray", *TINY),
+                (*submit, f"output={folder / 'by-us'}", *TINY),
+                (*submit, f"output={folder / 'diverging'}", *TINY, *diverging),
+                (*train, "nowhere.yaml"),
+                ("sparsetrain", "doctor", "--cluster", "--address", job_server),
+            ],
+        )
+        ray_job, our_job, diverged, without_config, checkup = ran
+    return Jobs(ray_job, our_job, folder / "by-us", diverged, without_config, checkup)
+
+
+def test_ray_job_submit_and_sparsetrain_submit_run_the_same_job(jobs: Jobs, job_outputs: Path) -> None:
+    assert jobs.by_ray.returncode == 0, jobs.by_ray.stdout + jobs.by_ray.stderr
+    assert f"using {job_outputs / 'by-ray'}" in jobs.by_ray.stdout
+    assert jobs.by_us.returncode == 0, jobs.by_us.stdout + jobs.by_us.stderr
+    assert len(losses(jobs.by_us_output)) == 4
+    assert losses(jobs.by_us_output) == losses(job_outputs / "by-ray")
+    for folder in (job_outputs / "by-ray", jobs.by_us_output):
         first_line = (folder / "logs" / "worker-0.log").read_text().splitlines()[0]
         assert first_line.count("py_modules_files") == 2, "both packages come with the job"
 
 
-def test_a_users_error_in_a_worker_ends_the_job_without_a_restart(job_server: str, tmp_path: Path) -> None:
-    diverging = ("optimizer.lr=1e30", "optimizer.grad_clip=null", "train.max_bad_steps=1")
-    job = run(
-        *("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server),
-        *(f"output={tmp_path / 'run'}", *TINY, *diverging),
-    )
+def test_a_users_error_in_a_worker_ends_the_job_without_a_restart(jobs: Jobs) -> None:
+    job = jobs.diverging
     assert job.returncode == 2
     assert job.stdout.count("train.max_bad_steps") == 1, job.stdout
     assert "restart" not in job.stdout + job.stderr
     assert job.stderr.startswith("error: job ")
     assert "failed" in job.stderr
+
+
+def test_a_config_that_is_not_on_the_cluster_is_one_message(jobs: Jobs) -> None:
+    assert jobs.without_config.returncode != 0
+    assert "error: nowhere.yaml does not exist" in jobs.without_config.stdout
+    assert "Traceback" not in jobs.without_config.stdout
+
+
+def test_a_checkup_from_outside_sees_the_cluster(jobs: Jobs) -> None:
+    assert jobs.checkup.returncode == 0, jobs.checkup.stdout + jobs.checkup.stderr
+    assert "1 node\n" in jobs.checkup.stdout
+    assert "no problems found" in jobs.checkup.stdout
 
 
 def test_a_job_left_running_is_listed_watched_and_stopped(job_server: str, tmp_path: Path) -> None:
@@ -200,35 +249,21 @@ def processes_writing_to(output: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("overrides", "environment", "message"),
-    [
-        pytest.param([], {"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token", id="no-token"),
-        pytest.param([], {"RAY_AUTH_TOKEN": "f" * 64}, "refuses the token in RAY_AUTH_TOKEN", id="wrong-token"),
-        pytest.param(
-            ["cluster.workers=4"],
-            {},
-            "asks for 4 CPUs; the cluster has 2 CPUs (2 free). To fix: lower cluster.workers to 2",
-            id="no-room",
-        ),
-    ],
-)
-def test_what_the_cluster_would_refuse_is_one_message_and_no_job(
-    job_server: str, overrides: list[str], environment: dict[str, str], message: str
-) -> None:
-    before = run("sparsetrain", "jobs", "list", "--address", job_server).stdout
-    refused = run(*("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server, *overrides), **environment)
-    assert refused.returncode == 2
-    assert message in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
-    assert run("sparsetrain", "jobs", "list", "--address", job_server).stdout == before
-
-
-def test_a_config_that_is_not_on_the_cluster_is_one_message(job_server: str) -> None:
-    job = run(
-        *("ray", "job", "submit", "--address", job_server, "--runtime-env", "launch/runtime_env.yaml", "--"),
-        *("python", "-m", "sparsetrain", "train", "nowhere.yaml"),
-    )
-    assert job.returncode != 0
-    assert "error: nowhere.yaml does not exist" in job.stdout
-    assert "Traceback" not in job.stdout
+def test_what_the_cluster_would_refuse_is_one_message_and_no_job(head: Head) -> None:
+    submit = ("sparsetrain", "submit", "configs/quick.yaml", "--address", head.job_server)
+    join = ("sparsetrain", "doctor", "--cluster", "--address")
+    wrong_token = {"RAY_AUTH_TOKEN": "f" * 64}
+    room = "asks for 4 CPUs; the cluster has 3 CPUs (3 free). To fix: lower cluster.workers to 3"
+    before = run("sparsetrain", "jobs", "list", "--address", head.job_server).stdout
+    for command, environment, message in (
+        (submit, {"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token"),
+        (submit, wrong_token, "refuses the token in RAY_AUTH_TOKEN"),
+        ((*submit, "cluster.workers=4"), {}, room),
+        ((*join, head.address), wrong_token, f"{head.address} refuses the token in RAY_AUTH_TOKEN"),
+        ((*join, urlsplit(head.job_server).netloc), {}, "is no Ray head"),
+    ):
+        refused = run(*command, **environment)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    assert run("sparsetrain", "jobs", "list", "--address", head.job_server).stdout == before
