@@ -41,6 +41,7 @@ def tiny_config(folder: Path, **changes: Any) -> RunConfig:
             "micro_batch_size": 1,
             "eval_every_steps": 4,
             "eval_tokens": 512,
+            "sample_tokens": 8,  # each takes a forward pass, on several ranks longer than a step
             "phases": [{"name": "finetune", "tokens": 4 * 256, "sparsity": []}],
         },
         "checkpoint": {"every_steps": 5},

@@ -30,9 +30,6 @@ from sparsetrain.training.sparse_phase import PhaseSparsity
 from sparsetrain.training.state import RunState
 from sparsetrain.training.step import train_step
 
-SAMPLE_TOKENS = 200
-"""Length of the text that a trained model writes into its summary."""
-
 
 @dataclass(frozen=True)
 class Run:
@@ -216,7 +213,7 @@ def _finish(run: Run, state: RunState, peak_flops: float) -> dict[str, Any]:
         run.engine.next_logits,
         run.datasets[-1].tokenizer,
         "",
-        max_tokens=SAMPLE_TOKENS,
+        max_tokens=run.config.train.sample_tokens,
         context=max_seq_len(run.config),
     )
     parameters = parameter_counts(run.engine.module)

@@ -1,7 +1,5 @@
 """Training a mixture of experts over ranks against one process, in every layout of experts and of the rest."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from sparsetrain.config import RunConfig
 from sparsetrain.moe.placement import LoadTrace
 from sparsetrain.testing import assert_close, run_distributed
-from sparsetrain.training import loop, train
+from sparsetrain.training import train
 from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
@@ -64,17 +62,6 @@ def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
     return config.model_copy(update={"sparsity": (rule,)})
 
 
-@contextlib.contextmanager
-def short_samples() -> Iterator[None]:
-    """Writing a sample takes longer than the training before it."""
-    usual, loop.SAMPLE_TOKENS = loop.SAMPLE_TOKENS, 2
-    try:
-        yield
-    finally:
-        loop.SAMPLE_TOKENS = usual
-
-
-@short_samples()
 def train_layouts(folder: Path, names: list[str]) -> None:
     for name in names:
         train(layout(folder, name))
@@ -129,7 +116,6 @@ def train_and_begin(folder: Path, names: list[str], begun: Stages) -> None:
     go_on(folder, begun)
 
 
-@short_samples()
 def go_on(folder: Path, stages: Stages) -> None:
     for run, name, step in stages:
         config = layout(folder, name, output=str(folder / run))
@@ -188,7 +174,6 @@ def test_replicas_and_moves_really_happen(two_ranks: Path) -> None:
     assert all(row["moved_bytes"] == 0 for row in rows_of(two_ranks / "ep-ddp"))
 
 
-@short_samples()
 def train_interrupted(folder: Path, names: list[str]) -> None:
     """Every rank stops inside step 7, two steps after a checkpoint, and goes on from there."""
     for name in names:

@@ -212,6 +212,11 @@ def test_generation_is_repeatable_and_greedy_at_temperature_zero(finished: Path)
     assert len(greedy) == 1
 
 
+def test_a_run_ends_with_as_much_text_as_asked_for(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["sample"] == generate_text(finished, "", max_tokens=8) != ""
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"config\.yaml is missing"):
         generate_text(tmp_path, "x")

@@ -242,8 +242,8 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(mistakes: Mistak
         "data.seqlen = 256",
         "optimizer.lr = 0",
         "unknown key; known keys are tokens, batch_tokens, micro_batch_size, batch_ramp, precision, compile, "
-        "activation_checkpointing, eval_every_steps, eval_tokens, max_bad_steps, init_from, upcycle, phase_name, "
-        "phases",
+        "activation_checkpointing, eval_every_steps, eval_tokens, sample_tokens, max_bad_steps, init_from, upcycle, "
+        "phase_name, phases",
     ]
 
 
