@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsetrain.config import ParallelConfig
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.engines.megatron_layers import Block, Mixture, layer_spec, norm_class
+from sparsetrain.engines.megatron_rows import RowPartition
 from sparsetrain.engines.megatron_weights import SpreadExperts, StageWeights, cut_dim
 from sparsetrain.models import Transformer
 from sparsetrain.models.loss import IGNORED
@@ -173,6 +174,13 @@ class MegatronModel(nn.Module):
         self._weights.spread(SpreadExperts(across, groups.replica_rank))
         if moe_layers(self):  # a stage may have none
             parallelize_experts(self, groups, parallel.experts, parallel.fssdp)
+
+    def share_rows(self) -> RowPartition:
+        """Have each rank look after some rows only of the weights that others hold, too; collective over all ranks.
+
+        From now on shards are of these rows. Call it when weights have their first values.
+        """
+        return self._weights.share_rows(self)
 
     def replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters, by name, that tensor-parallel ranks all hold whole, and use for their own tokens only.

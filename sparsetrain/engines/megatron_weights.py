@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from sparsetrain.engines.megatron_rows import RowPartition
 from sparsetrain.sharding import DescribesWeights, MomentsOf, WeightShard, weight_modules
 
 _CUT = {
@@ -39,10 +41,25 @@ class StageWeights:
         self._shapes = dict(shapes)
         self._groups = groups
         self._spread: SpreadExperts | None = None
+        self._rows: RowPartition | None = None
+        self._alike: ProcessGroup | None = None
 
     def spread(self, experts: "SpreadExperts") -> None:
         """Note that experts are no longer whole on each rank."""
         self._spread = experts
+
+    def share_rows(self, stage: nn.Module) -> RowPartition:
+        """Have each rank look after some rows only of what others hold, too; collective over all ranks.
+
+        Experts are left alone: they are spread over ranks, or stacked.
+        """
+        own = [parameter for _, _, parameters in _modules(stage) for parameter in parameters.values()]
+        size = self._groups.tp.size()
+        # Ranks that hold a copy of the model between them, when each tensor-parallel rank has all of a weight.
+        alike = [list(range(first, dist.get_world_size(), size)) for first in range(size)]
+        self._alike, _ = dist.new_subgroups_by_enumeration(alike)  # type: ignore[no-untyped-call]
+        self._rows = RowPartition(own, self._groups.dp_cp)
+        return self._rows
 
     def describe(self, path: str) -> dict[str, tuple[int, ...]]:
         """Whole shapes by name."""
@@ -76,6 +93,10 @@ class StageWeights:
         if dim is not None:
             size, rank = parameter.shape[dim], self._groups.tp.rank()
             slices[dim] = slice(size * rank, size * (rank + 1))
+        if self._rows is not None:
+            rows, first = self._rows.rows(parameter), slices[0].start
+            slices[0] = slice(first + rows.start, first + rows.stop)
+            parameter = self._rows.piece(parameter)
         weight = partial(Tensor.detach, parameter)
         return WeightShard(
             name=name,
@@ -111,6 +132,10 @@ class StageWeights:
         group: ProcessGroup
         if self._spread is not None and _is_expert(name):
             group = self._spread.across_stages
+        elif self._rows is not None and not _is_expert(name):
+            assert self._alike is not None
+            assert dist.group.WORLD is not None
+            group = self._alike if cut_dim(name) is None else dist.group.WORLD
         else:
             group = self._groups.pp if cut_dim(name) is None else self._groups.mp
         return group if group.size() > 1 else None
@@ -119,7 +144,7 @@ class StageWeights:
         """Which copy this rank has: tensor-parallel ranks have one each of what is not cut."""
         if self._spread is not None and _is_expert(name):
             return self._spread.replica_rank
-        copy: int = self._groups.dp_cp.rank()
+        copy: int = 0 if self._rows is not None and not _is_expert(name) else self._groups.dp_cp.rank()
         return copy if cut_dim(name) is not None else copy * self._groups.tp.size() + self._groups.tp.rank()
 
 
