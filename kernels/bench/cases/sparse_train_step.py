@@ -1,7 +1,8 @@
 """A whole training step of a model that is mostly feed-forward, 75 % of it zero, over the same model dense.
 
-Both sides are our decoder with fused AdamW on random tokens, each in a process of its own; attention, embedding, loss
-and optimizer are in the figure, and do not become faster. Masks stay where they are, as between two prunings.
+The model and the step of configs/sparse_ffn.yaml: our decoder with fused AdamW on random tokens, two micro-batches a
+step. Each side has a process of its own; attention, embedding, loss and optimizer are in the figure, and do not become
+faster. Masks stay where they are, as between two prunings.
 """
 
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from sparsetrain.config.run import OptimizerConfig
 from sparsetrain.config.sparsity import SparsityRule
 
 CONFIG = ModelConfig(dim=512, num_layers=4, num_heads=8, ffn_dim=4096)
-VOCAB, BATCH, SEQ_LEN = 2048, 4, 256
+VOCAB, MICRO_BATCHES, MICRO_BATCH, SEQ_LEN = 2048, 2, 8, 256
 PATTERNS = ("block[64,64]", "vector 1:4")
 
 
-@case("sparse_train_step", "training step, 75 % of the FFN zero (4 layers, d 512, FFN 4096, 4x256 tokens)")
+@case("sparse_train_step", "training step, 75 % of the FFN zero (4 layers, d 512, FFN 4096, 2 x 8 x 256 tokens)")
 def sparse_train_step(bench: Bench) -> Iterator[Row]:
     for precision, pattern in product(("fp32", "bf16"), PATTERNS):
         with ExitStack() as workers:
@@ -49,13 +50,15 @@ def step(precision: str, pattern: str | None) -> Step:
     if pattern is not None:
         rule = SparsityRule(params="*.ffn.*", method="static", pattern=pattern, sparsity=0.75)
         Sparsifier([rule]).attach(model, optimizer)
-    tokens = torch.randint(VOCAB, (BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    targets = tokens.roll(-1, dims=1)
+    shape = MICRO_BATCHES, MICRO_BATCH, SEQ_LEN
+    tokens = torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(0))
+    targets = tokens.roll(-1, dims=-1)
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(tokens, targets) / targets.numel()
-        loss.backward()
+        for inputs, expected in zip(tokens, targets, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(inputs, expected) / targets.numel()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
