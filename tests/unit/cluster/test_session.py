@@ -1,8 +1,11 @@
 import os
+from unittest.mock import Mock
 
 import pytest
 
-from sparsetrain.cluster.session import environment, resolve_address
+from sparsetrain.cluster import session
+from sparsetrain.cluster.resources import Request
+from sparsetrain.cluster.session import environment, ray_session, resolve_address
 from sparsetrain.errors import ClusterError
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "10.0.0.1:6379"}
@@ -31,6 +34,25 @@ def test_where_to_run(argument: str | None, configured: str, environ: dict[str, 
 def test_addresses_of_other_kinds_say_what_to_use(address: str, hint: str) -> None:
     with pytest.raises(ClusterError, match=hint):
         resolve_address(address, "local", {})
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        pytest.param(
+            "Version mismatch: The cluster was started with:\n    Ray: 2.31.0\nThis process:\n    Ray: 2.60.0",
+            r"(?s)Ray: 2.31.0.*Install the cluster's versions of Ray and Python here",
+            id="another-version",
+        ),
+        pytest.param("no raylet\nat all", "cannot join the Ray cluster at h:1: no raylet. Is it running", id="other"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, said: str, message: str
+) -> None:
+    monkeypatch.setattr(session, "_init", Mock(side_effect=RuntimeError(said)))
+    with pytest.raises(ClusterError, match=message), ray_session("h:1", Request(1, 1, 0), env_vars={}):
+        pass
 
 
 def test_the_environment_is_put_back_and_what_was_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

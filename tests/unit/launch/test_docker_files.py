@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,20 @@ def test_what_the_installation_reads_is_copied_before_it_and_the_sources_after(p
     allowed = re.findall(r"^!(.*)$", (REPOSITORY / ".dockerignore").read_text(), flags=re.M)
     assert {*before[0].split()[:-1], "sparsetrain", "kernels/sparsetrain_kernels"} <= set(allowed)
     assert all((REPOSITORY / name).exists() for name in allowed)
+
+
+@by_name
+def test_the_installation_needs_nothing_but_what_is_copied_before_it(path: Path, tmp_path: Path) -> None:
+    """It writes down where the sources will be."""
+    for name in arguments(path, "COPY")[0].split()[:-1]:
+        shutil.copy(REPOSITORY / name, tmp_path)
+    build = "from hatchling.build import build_editable; print(build_editable('.'))"
+    wheel = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()[-1]
+    with zipfile.ZipFile(tmp_path / wheel) as archive:
+        (links,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(links).decode().splitlines() == [str(tmp_path), str(tmp_path / "kernels")]
 
 
 @by_name
