@@ -16,7 +16,12 @@ _IMPLEMENTATION = {"params", "foreach", "fused", "capturable", "differentiable"}
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     """Hyperparameters and step counts of every parameter group, as plain values for a checkpoint's `state`."""
-    return {"groups": [_group_state(optimizer, group) for group in optimizer.param_groups]}
+    groups = [_group_state(optimizer, group) for group in optimizer.param_groups]
+    counted = [group["steps"] for group in groups if group["steps"] != []]
+    for group in groups:
+        if group["steps"] == [] and counted:  # this rank has no parameter of the group; others step theirs as often
+            group["steps"] = counted[0]
+    return {"groups": groups}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

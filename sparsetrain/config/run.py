@@ -147,8 +147,9 @@ class ParallelConfig(Section):
     engine: Literal["torch", "deepspeed", "megatron"] = "torch"
     """The library that lays the model over ranks. Losses, masks and checkpoints do not depend on it."""
     zero: Annotated[Int, Field(ge=0, le=3)] | None = None
-    """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too.
-    Default: 1."""
+    """With engine=deepspeed, its ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too;
+    default 1. With engine=megatron, 0 or 1, as ranks that hold copies of a weight share its optimizer state; default
+    0."""
     shard: Literal["ddp", "full"] = "ddp"
     """With engine=torch. ddp: every rank holds everything. full: weights, gradients and optimizer state sharded
     (fully_shard)."""
@@ -178,13 +179,15 @@ class ParallelConfig(Section):
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage that engine=deepspeed runs."""
-        return 1 if self.zero is None else self.zero
+        """The ZeRO stage that the engine runs."""
+        return int(self.engine == "deepspeed") if self.zero is None else self.zero
 
     @model_validator(mode="after")
     def _each_engine_has_its_own_sharding(self) -> Self:
-        if self.engine != "deepspeed" and self.zero is not None:
-            raise KeyConflict("zero", f"has no meaning with engine={self.engine}; write engine: deepspeed or remove it")
+        if self.engine == "torch" and self.zero is not None:
+            raise KeyConflict("zero", "has no meaning with engine=torch; write engine: deepspeed or remove it")
+        if self.engine == "megatron" and self.zero_stage > 1:
+            raise KeyConflict("zero", "engine=megatron shares optimizer state (1) or nothing (0); write one of these")
         if self.engine == "deepspeed" and self.shard == "full":
             raise KeyConflict(
                 "shard",

@@ -5,7 +5,9 @@ Clipping by the true norm, the masks and AdamW are ours, and see weights through
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,14 +19,15 @@ from torch.optim import Optimizer
 from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import NOT_COUNTED, Batch
 from sparsetrain.engines.megatron_model import MegatronModel, Shape
-from sparsetrain.engines.megatron_schedule import Stage, replicated, run_schedule
-from sparsetrain.engines.optimizer import build_optimizer
+from sparsetrain.engines.megatron_rows import RowPartition
+from sparsetrain.engines.megatron_schedule import Inputs, Stage, replicated, run_schedule
+from sparsetrain.engines.optimizer import adamw, optimizer_groups
 from sparsetrain.engines.torch_engine import TorchEngine
 from sparsetrain.models import initialize_
 from sparsetrain.moe import auxiliary_loss, moe_layers
 from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.parallel import World, set_gradient_sync, store_parameters
-from sparsetrain.sharding import weight_shards
+from sparsetrain.sharding import WeightShard, weight_shards
 
 
 class MegatronEngine(TorchEngine):
@@ -34,6 +37,10 @@ class MegatronEngine(TorchEngine):
     """
 
     _module: MegatronModel
+    _rows: RowPartition | None = None
+    """With zero=1, the rows of weights that this rank updates."""
+    _is_stale = False
+    """Whether somebody may have written to these rows since the others were gathered."""
 
     def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int, total_steps: int) -> None:
         _make_groups(config)
@@ -56,6 +63,25 @@ class MegatronEngine(TorchEngine):
         for _, layer in moe_layers(self._module):
             if isinstance(layer.router, ReplayRouter):
                 layer.router.source = self._world.share
+            if self._layout.cp > 1 or self._layout.sp:  # ranks have parts of the samples
+                add_up = partial(dist.all_reduce, group=self._group_of_samples())
+                layer.loss_weights = replace(layer.loss_weights, add_up=add_up)
+
+    def _group_of_samples(self) -> dist.ProcessGroup:
+        """Ranks that have different tokens of the same samples."""
+        group: dist.ProcessGroup = (
+            mpu.get_tensor_and_context_parallel_group() if self._layout.sp else mpu.get_context_parallel_group()
+        )
+        return group
+
+    def _group_of_tokens(self) -> dist.ProcessGroup:
+        """Those of a stage that have different tokens."""
+        group: dist.ProcessGroup = (
+            mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
+            if self._layout.sp
+            else mpu.get_data_parallel_group(with_context_parallel=True)
+        )
+        return group
 
     def _recompute_activations(self) -> None:
         """Megatron does it itself; see Shape."""
@@ -69,19 +95,24 @@ class MegatronEngine(TorchEngine):
         self._is_last_stage = mpu.is_pipeline_last_stage()
         # Tensor-parallel ranks all come to the same loss: one of them speaks.
         self._speaks = self._is_last_stage and mpu.get_tensor_model_parallel_rank() == 0
-        return replicated(stage)
+        self._replicas = replicated(stage)
+        if config.parallel.zero_stage == 1:
+            self._rows = self._module.share_rows(timedelta(seconds=config.cluster.collective_timeout_s))
+        return stage
 
     def _new_optimizer(self, config: OptimizerConfig) -> Optimizer:
-        return build_optimizer(self._module, config, self._world.device)
+        groups = optimizer_groups(self._module)
+        return adamw(groups if self._rows is None else self._rows.groups(groups), config, self._world.device)
 
     def _find_shards(self) -> None:
         self._shards = weight_shards(self._module, self._optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradient of the mean loss over the global batch, balance losses included; see Engine."""
-        batches = [batch.to(self._world.device) for batch in micro_batches]
-        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in batches]).sum()
-        num_targets = self._world.sum_(num_targets) // self._layout.model_ranks
+        self._gather_if_stale()
+        batches = [self._inputs(batch) for batch in micro_batches]
+        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches]).sum()
+        num_targets = self._world.sum_(num_targets.to(self._world.device)) // self._layout.model_ranks
         totals = torch.zeros(2, device=self._world.device)  # cross entropy, what is added to it
 
         def finish(index: int, y: Tensor) -> Tensor:
@@ -91,17 +122,23 @@ class MegatronEngine(TorchEngine):
             if self._has_experts:
                 added = self._added_loss()
                 totals[1] += added.detach()
-                scaled = _AlsoDifferentiate.apply(scaled, added / num_targets)
+                scaled = _also_differentiate(scaled, added / num_targets)
                 # Backward passes come later than the forward passes of other micro-batches.
-                scaled.register_hook(lambda _: set_gradient_sync(self._module, index == len(batches) - 1))
+                scaled.register_hook(  # type: ignore[no-untyped-call]
+                    lambda _: set_gradient_sync(self._module, index == len(batches) - 1)
+                )
             return scaled
 
-        self._callable.zero_grad_buffer()
-        run_schedule(self._callable, batches, finish, forward_only=False)
+        self._replicas.zero_grad_buffer()
+        run_schedule(self._replicas, batches, finish, forward_only=False)
         self._reduce_gradients()
         means = self._world.sum_(totals) / num_targets
         self._aux_loss = means[1] if self._has_experts else None
         return means[0]
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        batch = batch.to(self._world.device)
+        return batch.tokens, batch.targets, batch.document_ids
 
     def _added_loss(self) -> Tensor:
         if not moe_layers(self._module):  # a stage may have none
@@ -112,17 +149,40 @@ class MegatronEngine(TorchEngine):
     def _reduce_gradients(self) -> None:
         """Add up over ranks what each has of the gradient, and put it where the optimizer looks."""
         for _, parameter in self._module.replicated_parameters():
-            dist.all_reduce(parameter.main_grad, group=mpu.get_tensor_model_parallel_group())
-        self._callable.finish_grad_sync()
-        for parameter in self._callable.params_with_grad:
-            parameter.grad = parameter.main_grad
+            dist.all_reduce(_sum_of_gradients(parameter), group=mpu.get_tensor_model_parallel_group())
+        self._replicas.finish_grad_sync()
+        for parameter in self._replicas.params_with_grad:
+            parameter.grad = _sum_of_gradients(parameter)
         for parameter in self._stores:  # averaged already
             if parameter.grad is not None:
                 parameter.grad *= self._stage_size
+        if self._rows is not None:
+            self._rows.take_gradients()
+
+    def step(self, lr: float) -> None:
+        """Update this rank's part of the weights; the others' are gathered when the model is next run."""
+        super().step(lr)
+        self._is_stale = True
+
+    def skip_step(self) -> None:
+        """Drop the gradient without an update; masks may change all the same."""
+        super().skip_step()
+        self._is_stale = True
+
+    def weight_shards(self) -> list[WeightShard]:
+        """Where every weight lives; what is written there is gathered before the model is next run."""
+        self._is_stale = True
+        return super().weight_shards()
+
+    def _gather_if_stale(self) -> None:
+        if self._is_stale and self._rows is not None:
+            self._rows.gather()
+        self._is_stale = False
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Sum of the losses over the counted targets of this rank's samples; the same on all ranks that read them."""
+        self._gather_if_stale()
         total = torch.zeros((), device=self._world.device)
 
         def add(_: int, y: Tensor) -> Tensor:
@@ -130,7 +190,7 @@ class MegatronEngine(TorchEngine):
                 total.add_(y)
             return y
 
-        run_schedule(self._callable, [batch.to(self._world.device)], add, forward_only=True)
+        run_schedule(self._replicas, [self._inputs(batch)], add, forward_only=True)
         dist.all_reduce(total, group=mpu.get_model_parallel_group())
         dist.all_reduce(total, group=mpu.get_context_parallel_group())
         return total
@@ -138,6 +198,7 @@ class MegatronEngine(TorchEngine):
     @torch.no_grad()
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
+        self._gather_if_stale()
         # Ranks share the tokens evenly; none looks at what comes after it.
         ways = self._layout.cp * self._layout.tp
         padding = -len(tokens) % ways
@@ -150,7 +211,7 @@ class MegatronEngine(TorchEngine):
                 logits_V.copy_(y[0, place])
             return y
 
-        run_schedule(self._callable, [Batch(tokens_1T, None, None, None)], take, forward_only=True)
+        run_schedule(self._replicas, [(tokens_1T, None, None)], take, forward_only=True)
         for group in (mpu.get_pipeline_model_parallel_group(), mpu.get_context_parallel_group()):
             dist.all_reduce(logits_V, group=group)
         return logits_V
@@ -161,18 +222,31 @@ class MegatronEngine(TorchEngine):
         sizes = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp}
         parts = [f"{name} {size}" for name, size in sizes.items() if size > 1] + ["sequence"] * layout.sp
         parts.append(f"data {self._world.num_shares}")
-        return self._describe("Megatron", " × ".join(parts) + " parallel")
+        shared = "" if self._rows is None else ", optimizer state shared by rows,"
+        return self._describe("Megatron", " × ".join(parts) + " parallel" + shared)
+
+
+def _sum_of_gradients(parameter: nn.Parameter) -> Tensor:
+    """Where Megatron's DistributedDataParallel adds up a parameter's gradient: a view of a flat float32 buffer."""
+    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient
+
+
+def _also_differentiate(y: Tensor, loss: Tensor) -> Tensor:
+    """Return `y`; when the gradient comes back to it, `loss` gets 1 as its own."""
+    both: Tensor = _AlsoDifferentiate.apply(y, loss)  # type: ignore[no-untyped-call]
+    return both
 
 
 class _AlsoDifferentiate(torch.autograd.Function):
-    """Passes activations on to the next stage, and 1 as the gradient of a loss that was found on this one."""
+    """What `_also_differentiate` does."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, y: Tensor, loss: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         return grad_y, torch.ones((), dtype=torch.float32, device=grad_y.device)
 
 

@@ -18,13 +18,14 @@ from sparsetrain.config import ParallelConfig
 from sparsetrain.config.model import ModelConfig
 from sparsetrain.engines.megatron_layers import Block, Mixture, layer_spec, norm_class
 from sparsetrain.engines.megatron_rows import RowPartition
-from sparsetrain.engines.megatron_weights import SpreadExperts, StageWeights, cut_dim
+from sparsetrain.engines.megatron_weights import SpreadExperts, StageWeights
 from sparsetrain.models import Transformer
 from sparsetrain.models.loss import IGNORED
 from sparsetrain.moe import moe_layers
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
 from sparsetrain.parallel.fssdp.store import store_parameters
 from sparsetrain.parallel.parallelize import parallelize_experts
+from sparsetrain.planning.tensor_parallel import cut_dim
 from sparsetrain.sharding import MomentsOf, WeightShard, weight_shapes
 
 
@@ -142,6 +143,14 @@ class MegatronModel(nn.Module):
             return y
         return torch.where(targets == IGNORED, 0.0, y).sum()
 
+    def multiplied_part(self, name: str, whole: Tensor) -> Tensor:
+        """The part of a weight that tensor parallelism gives this rank; see PartOfModel."""
+        dim = cut_dim(name)
+        if dim is None:
+            return whole
+        size = whole.shape[dim] // self._groups.tp.size()
+        return whole.narrow(dim, size * self._groups.tp.rank(), size)
+
     def describe_weights(self, path: str) -> dict[str, tuple[int, ...]]:
         """Whole shape of every weight of the whole model; see DescribesWeights."""
         return self._weights.describe(path)
@@ -175,12 +184,15 @@ class MegatronModel(nn.Module):
         if moe_layers(self):  # a stage may have none
             parallelize_experts(self, groups, parallel.experts, parallel.fssdp)
 
-    def share_rows(self) -> RowPartition:
+    def share_rows(self, timeout: timedelta) -> RowPartition:
         """Have each rank look after some rows only of the weights that others hold, too; collective over all ranks.
 
         From now on shards are of these rows. Call it when weights have their first values.
+
+        Args:
+            timeout: How long a collective waits for a rank that does not come.
         """
-        return self._weights.share_rows(self)
+        return self._weights.share_rows(self, timeout)
 
     def replicated_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters, by name, that tensor-parallel ranks all hold whole, and use for their own tokens only.

@@ -6,7 +6,7 @@ as on whole weights. (Megatron's own distributed optimizer cuts one flat buffer 
 tensor parallelism cuts by its inputs would be no box of the weight, and masks know of boxes.)
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,15 @@ from torch.distributed import ProcessGroup
 
 from sparsetrain.engines.optimizer import OptimizerGroup
 
+_BUCKET = 2**26
+"""Elements that are gathered at a time, unless one parameter has more: they are copied on the way."""
+
 
 class RowPartition:
     """The rows that this rank looks after, of parameters that others have copies of.
 
     Args:
-        parameters: In the same order on all ranks.
+        parameters: Of one dtype, in the same order on all ranks.
         copies: The ranks that hold a copy of each.
     """
 
@@ -52,8 +55,8 @@ class RowPartition:
     @torch.no_grad()
     def gather(self) -> None:
         """Bring here the rows that others look after; collective over the copies."""
-        for dtype in sorted({parameter.dtype for parameter in self._parameters}, key=str):
-            self._gather([parameter for parameter in self._parameters if parameter.dtype == dtype])
+        for bucket in _buckets(self._parameters):
+            self._gather(bucket)
 
     def _piece_of(self, parameter: Tensor) -> Tensor:
         assert isinstance(parameter, nn.Parameter)
@@ -90,3 +93,14 @@ class RowPartition:
     def _numel(self, parameter: nn.Parameter, rank: int) -> int:
         rows = self._rows_of(len(parameter), rank)
         return len(range(len(parameter))[rows]) * (parameter.numel() // len(parameter))
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and parameter.numel() + sum(other.numel() for other in bucket) > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket

@@ -10,8 +10,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from sparsetrain.data import Batch
 from sparsetrain.engines.megatron_model import MegatronModel
+
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]
+"""Tokens, targets and document ids of a micro-batch, each [B, T]; without targets the model answers with logits."""
 
 Finish = Callable[[int, Tensor], Tensor]
 """From the number of a micro-batch and what the model made of it, what goes to the next stage or is differentiated."""
@@ -60,7 +62,7 @@ def replicated(stage: Stage) -> DistributedDataParallel:
 
 
 def run_schedule(
-    model: DistributedDataParallel, batches: Sequence[Batch], finish: Finish, *, forward_only: bool
+    model: DistributedDataParallel, batches: Sequence[Inputs], finish: Finish, *, forward_only: bool
 ) -> None:
     """Run micro-batches through all stages, and unless `forward_only` back again; collective over a model's ranks.
 
@@ -71,10 +73,10 @@ def run_schedule(
         forward_only: Whether no gradient is wanted.
     """
     # A pipeline's messages are all of one size, and the last micro-batch of a share may be smaller.
-    for (samples, tokens), group in groupby(enumerate(batches), key=lambda item: tuple(item[1].tokens.shape)):
+    for (samples, tokens), group in groupby(enumerate(batches), key=lambda item: tuple(item[1][0].shape)):
         same = list(group)
         get_forward_backward_func()(
-            forward_step_func=lambda coming, stage: _forward(stage, *next(coming), finish),
+            forward_step_func=lambda coming, stage: _forward(stage, next(coming), finish),
             data_iterator=iter(same),
             model=[model],
             num_microbatches=len(same),
@@ -85,8 +87,9 @@ def run_schedule(
 
 
 def _forward(
-    model: nn.Module, index: int, batch: Batch, finish: Finish
+    model: nn.Module, numbered: tuple[int, Inputs], finish: Finish
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, None]]]:
-    y = finish(index, model(batch.tokens, batch.targets, batch.document_ids))
+    index, inputs = numbered
+    y = finish(index, model(*inputs))
     # Megatron calls what is second on the last stage alone; it wants to count tokens, which the engine does itself.
     return y, lambda loss: (loss, torch.zeros((), dtype=torch.int, device=loss.device), None)

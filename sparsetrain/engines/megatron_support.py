@@ -54,7 +54,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _device_of_megatron() -> str | None:
     """The type of the device on which Megatron makes its tensors: torch's current one; None where there is none."""
     try:
-        current = torch.cuda.current_device()
+        current: int | torch.device = torch.cuda.current_device()
     except (AssertionError, RuntimeError):  # torch without CUDA; CUDA without a GPU
         return None
-    return torch.device(current).type
+    return current.type if isinstance(current, torch.device) else "cuda"

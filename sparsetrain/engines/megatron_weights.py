@@ -1,8 +1,8 @@
 """Which part of which weight of the plain model each of Megatron's parameters on this rank is."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -12,21 +12,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from sparsetrain.engines.megatron_rows import RowPartition
+from sparsetrain.planning.tensor_parallel import cut_dim
 from sparsetrain.sharding import DescribesWeights, MomentsOf, WeightShard, weight_modules
-
-_CUT = {
-    0: re.compile(r"embed|head|.*\.(attention\.[qkv]|ffn\.(gate|up))"),
-    1: re.compile(r".*\.(attention\.o|ffn\.down)"),
-}
-"""The modules of which tensor parallelism cuts the weight, by the dimension that it cuts."""
-
-
-def cut_dim(name: str) -> int | None:
-    """The dimension along which tensor-parallel ranks share a weight; None where each has all of it."""
-    module, _, leaf = name.rpartition(".")
-    if _CUT[0].fullmatch(module):
-        return 0
-    return 1 if _CUT[1].fullmatch(module) and leaf == "weight" else None
 
 
 class StageWeights:
@@ -48,7 +35,7 @@ class StageWeights:
         """Note that experts are no longer whole on each rank."""
         self._spread = experts
 
-    def share_rows(self, stage: nn.Module) -> RowPartition:
+    def share_rows(self, stage: nn.Module, timeout: timedelta) -> RowPartition:
         """Have each rank look after some rows only of what others hold, too; collective over all ranks.
 
         Experts are left alone: they are spread over ranks, or stacked.
@@ -57,7 +44,7 @@ class StageWeights:
         size = self._groups.tp.size()
         # Ranks that hold a copy of the model between them, when each tensor-parallel rank has all of a weight.
         alike = [list(range(first, dist.get_world_size(), size)) for first in range(size)]
-        self._alike, _ = dist.new_subgroups_by_enumeration(alike)  # type: ignore[no-untyped-call]
+        self._alike, _ = dist.new_subgroups_by_enumeration(alike, timeout=timeout)  # type: ignore[no-untyped-call]
         self._rows = RowPartition(own, self._groups.dp_cp)
         return self._rows
 

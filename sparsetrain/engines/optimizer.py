@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from sparsetrain.config.run import OptimizerConfig
 from sparsetrain.engines.fused_adam import optimizer_class
-from sparsetrain.sharding import DescribesWeights, PartOfModel
+from sparsetrain.sharding import DescribesWeights, PartOfModel, whole_model
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,19 @@ class OptimizerGroup:
 
 
 def optimizer_groups(module: nn.Module) -> list[OptimizerGroup]:
-    """Sort the parameters of a module that require a gradient; no group is empty, and their order is always the same.
+    """Sort the parameters of a module that require a gradient; the groups are always the same, in the same order.
+
+    A rank's part of a model has those of the whole, though one may be empty there.
 
     Where weights are stacked, as those of experts are, the first dimension counts them. Stacks are apart from the rest
     in every layout: where that is DTensors they are plain, and one kernel does not take both.
     """
+    members, of_whole = _by_kind(module), _by_kind(whole_model(module))
+    return [OptimizerGroup(members[kind], is_decayed=kind[1]) for kind in of_whole if of_whole[kind]]
+
+
+def _by_kind(module: nn.Module) -> dict[tuple[bool, bool], list[Tensor]]:
+    """Parameters by whether they are stacks, and whether they are, or stack, matrices."""
     stacked = {
         id(parameter)
         for submodule in module.modules()
@@ -40,7 +48,7 @@ def optimizer_groups(module: nn.Module) -> list[OptimizerGroup]:
         if parameter.requires_grad:
             is_stack = id(parameter) in stacked
             members[is_stack, parameter.dim() - is_stack >= 2].append(parameter)
-    return [OptimizerGroup(found, is_matrix) for (_, is_matrix), found in members.items() if found]
+    return members
 
 
 def adamw(groups: Sequence[OptimizerGroup], config: OptimizerConfig, device: torch.device) -> AdamW:

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +74,9 @@ class TorchEngine:
         """Have the experts looked after by one who follows the optimizer, and knows what `earlier` did."""
         if earlier is not None:
             earlier.detach()
-        controller = MoEController(self._module, self._optimizer, total_steps=self._total_steps)
+        controller = MoEController(
+            self._module, self._optimizer, group=self._group_of_tokens(), total_steps=self._total_steps
+        )
         if earlier is not None:
             controller.load_state_dict(earlier.state_dict())
         return controller
@@ -86,6 +89,10 @@ class TorchEngine:
     def _layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = self._module.get_submodule("layers")  # type: ignore[assignment]
         return layers
+
+    def _group_of_tokens(self) -> ProcessGroup | None:
+        """Ranks that hold the same layers and different tokens; None: all."""
+        return None
 
     def _lay_out(self, config: RunConfig) -> nn.Module:
         """Give the weights their first values, and spread the model over the ranks; returns the module to call."""

@@ -6,6 +6,7 @@ however the tokens were cut.
 Shapes: T tokens, E experts, S sequences or other groups of tokens, R rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ class LossWeights:
     z_loss: float = 0.0
     aux_scope: Scope = "micro_batch"
     """Balance the tokens of a call, or of each sequence."""
+    add_up: Callable[[Tensor], object] | None = None
+    """Adds counts up, in place, over the ranks that share the tokens of one call; None where a rank has them all."""
 
     def __post_init__(self) -> None:
         for name in ("aux_loss", "z_loss"):
@@ -55,7 +58,7 @@ class LossWeights:
         losses = []
         if self.aux_loss:
             group_len = seq_len if self.aux_scope == "sequence" else routing.num_tokens
-            losses.append(self.aux_loss * balance_loss(routing, group_len))
+            losses.append(self.aux_loss * balance_loss(routing, group_len, self.add_up))
         if self.z_loss:
             losses.append(self.z_loss * z_loss(routing))
         if (penalty := router.penalty(routing, seq_len)) is not None:
@@ -63,7 +66,7 @@ class LossWeights:
         return torch.stack(losses).sum() if losses else None
 
 
-def balance_loss(routing: Routing, group_len: int) -> Tensor:
+def balance_loss(routing: Routing, group_len: int, add_up: Callable[[Tensor], object] | None = None) -> Tensor:
     """Σ over groups of n · E · Σ_e f_e · P_e (Switch Transformer, arXiv 2101.03961, eq. 4).
 
     f_e: share of the group's rows that go to expert e; P_e: mean of its n tokens' scores for e. n where the load is
@@ -72,6 +75,8 @@ def balance_loss(routing: Routing, group_len: int) -> Tensor:
     Args:
         routing: With scores, before any rows are dropped.
         group_len: n, of which T is a multiple.
+        add_up: Adds a tensor up, in place, over ranks that have tokens of the same groups: their losses then add up to
+            that of all tokens together. None: all are here.
 
     Returns:
         0-d, in the dtype of the scores.
@@ -86,6 +91,8 @@ def balance_loss(routing: Routing, group_len: int) -> Tensor:
     cell_R = routing.token_R // group_len * num_experts + routing.expert_R
     counts = torch.zeros(len(scores_SNE) * num_experts, dtype=scores_SNE.dtype, device=cell_R.device)
     counts_SE = counts.scatter_add_(0, cell_R, torch.ones_like(cell_R, dtype=counts.dtype)).view(-1, num_experts)
+    if add_up is not None:
+        add_up(counts_SE)
     share_SE = counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp(min=1)
     return num_experts * (share_SE * scores_SNE.sum(dim=1)).sum()
 

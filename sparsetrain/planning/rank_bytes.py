@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from math import prod
 
 from sparsetrain.config import ParallelConfig, RunConfig
+from sparsetrain.planning.tensor_parallel import cut_dim
 
 _ITEMSIZE = 4
 _MOMENTS = 2
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_CUT_BY_TENSOR_PARALLELISM = re.compile(
-    r"(embed|head|.*\.(attention\.[qkv]|ffn\.(gate|up)))\.(weight|bias)|.*\.(attention\.o|ffn\.down)\.weight"
-)
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,10 @@ def _held_by_stage(config: RunConfig, ranks: int, shapes: Mapping[str, tuple[int
     if parallel.shard == "full":
         parts = parallel.shard_size or ranks
         return experts + _replicated(sum(_largest_part(shape, parts) for shape in others.values()))
-    cuts = {name: parallel.tp if _CUT_BY_TENSOR_PARALLELISM.fullmatch(name) else 1 for name in others}
-    return experts + _replicated(sum(prod(shape) // cuts[name] for name, shape in others.items()))
+    cuts = {name: parallel.tp if cut_dim(name) is not None else 1 for name in others}
+    numel = sum(prod(shape) // cuts[name] for name, shape in others.items())
+    copies = ranks // parallel.tp if parallel.engine == "megatron" and parallel.zero_stage == 1 else 1
+    return experts + RankBytes(_ITEMSIZE * numel, _ITEMSIZE * numel, _MOMENTS * _ITEMSIZE * -(-numel // copies))
 
 
 def _stage_of(name: str, config: RunConfig) -> int:

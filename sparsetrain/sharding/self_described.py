@@ -47,6 +47,10 @@ class PartOfModel(Protocol):
         """The whole model, on the meta device: what it is made of, and the name and shape of every weight."""
         ...
 
+    def multiplied_part(self, name: str, whole: Tensor) -> Tensor:
+        """Of a tensor shaped like the whole weight `name`, as a view, the part that a layer here multiplies with."""
+        ...
+
 
 def whole_model(module: nn.Module) -> nn.Module:
     """The model that a module is a part of; itself if it is a whole one."""

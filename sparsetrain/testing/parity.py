@@ -52,12 +52,13 @@ _MEGATRON = {"engine": "megatron"}
 MEGATRON_LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "megatron, TP1": _MEGATRON,
+        "megatron, TP1, ZeRO-1": _MEGATRON | {"zero": 1},
         "megatron, TP2": _MEGATRON | {"tp": 2},
         "megatron, PP2": _MEGATRON | {"pp": 2},
         "megatron, CP2": _MEGATRON | {"cp": 2},
     },
     4: {
-        "megatron, TP2": _MEGATRON | {"tp": 2},
+        "megatron, TP2, ZeRO-1": _MEGATRON | {"tp": 2, "zero": 1},
         "megatron, TP2, PP2": _MEGATRON | {"tp": 2, "pp": 2},
         "megatron, TP2, sequence, PP2": _MEGATRON | {"tp": 2, "sp": True, "pp": 2},
         "megatron, PP2, CP2": _MEGATRON | {"pp": 2, "cp": 2},
@@ -120,6 +121,7 @@ def model_config(kind: str) -> dict[str, Any]:
     if kind == "moe":
         model["moe"] = {"num_experts": 8, "top_k": 2, "ffn_dim": 16, "aux_loss": 0.01, "z_loss": 0.001}
     if kind == "blocks":
+        model["ffn_dim"] = 48  # half of it is whole blocks, too
         model["attention"] = {"kind": "block_sparse", "block": 16, "heads": [{"kind": "local", "width": 2}]}
     prune = {
         "method": "prune",

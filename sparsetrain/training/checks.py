@@ -1,6 +1,6 @@
 """Everything about a run that can be found wrong before a worker starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,7 +9,9 @@ from sparsetrain.data import Dataset, Progress
 from sparsetrain.data.tokenizer import read_tokenizer_file
 from sparsetrain.engines import require_deepspeed, require_megatron
 from sparsetrain.models import Transformer
+from sparsetrain.planning.tensor_parallel import part_shape
 from sparsetrain.sparsity import describe_parameters, match_rules
+from sparsetrain.sparsity.matching import Parameter
 from sparsetrain.training.attention_check import check_attention
 from sparsetrain.training.datasets import prepare_datasets
 from sparsetrain.training.setup import max_seq_len, vocab_rows
@@ -52,9 +54,18 @@ def preflight(config: RunConfig, *, world_size: int | None = None, on_progress: 
         if phase.sparsity != "keep":
             key = f"train.phases.{index - 1}.sparsity" if index else "sparsity"
             match_rules(phase.sparsity, parameters, key=key)
+            match_rules(phase.sparsity, _on_a_rank(parameters, config), key=key)
     datasets = prepare_datasets(config, on_progress=on_progress)
     vocab_rows(config, datasets[0].tokenizer.vocab_size)
     return Preflight(datasets, sum(parameter.numel for parameter in parameters))
+
+
+def _on_a_rank(parameters: list[Parameter], config: RunConfig) -> list[Parameter]:
+    """With the shapes of what tensor-parallel ranks have of them, which patterns must divide, too."""
+    return [
+        replace(parameter, shape=part_shape(parameter.name, parameter.shape, config.parallel.tp))
+        for parameter in parameters
+    ]
 
 
 def vocab_size_of(config: RunConfig) -> int:

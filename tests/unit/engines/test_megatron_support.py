@@ -13,14 +13,15 @@ from sparsetrain.training import preflight
 
 
 def run(engine: str = "megatron", gpus: int = 1) -> RunConfig:
-    return RunConfig(
-        name="megatron",
-        model={"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24},
-        data={"seq_len": 16},
-        train={"tokens": 1024, "batch_tokens": 64},
-        parallel={"engine": engine},
-        cluster={"gpus_per_worker": gpus},
-    )
+    values: dict[str, Any] = {
+        "name": "megatron",
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24},
+        "data": {"seq_len": 16},
+        "train": {"tokens": 1024, "batch_tokens": 64},
+        "parallel": {"engine": engine},
+        "cluster": {"gpus_per_worker": gpus},
+    }
+    return RunConfig(**values)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

@@ -1,0 +1,148 @@
+"""Megatron-Core against torch's own data parallelism: losses, norms, masks, experts, runs that change engines."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsetrain.config import RunConfig
+from sparsetrain.testing import assert_close, run_distributed
+from sparsetrain.testing.megatron_cpu import megatron_on_cpu
+from sparsetrain.testing.parity import Curve, Difference, megatron_layouts, train_layouts
+from sparsetrain.training import train
+from sparsetrain.training.metrics import read_evals
+from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
+from tests.training_runs import rows_of, tiny_config, write_corpus
+
+pytest.importorskip("megatron.core")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = {"dense": 20, "sparse": 20, "blocks": 6, "recipe": 6, "moe": 20}
+
+
+def train_kinds(world_size: int, kinds: tuple[str, ...]) -> dict[str, dict[str, Curve]]:
+    """All kinds in one group of processes, which take longer to start than to train."""
+    return {kind: train_layouts(kind, megatron_layouts(kind, world_size), STEPS[kind]) for kind in kinds}
+
+
+def assert_alike(found: dict[str, dict[str, Curve]], world_size: int) -> None:
+    for kind, curves in found.items():
+        assert len(curves) == len(megatron_layouts(kind, world_size)) > 2
+        reference = next(iter(curves.values()))
+        for name, curve in curves.items():
+            difference = Difference.between(curve, reference)
+            assert difference.loss <= 1e-5, (kind, name)
+            assert difference.grad_norm <= 1e-4, (kind, name)
+            assert difference.same_masks, (kind, name)
+
+
+def test_every_layout_of_two_ranks_trains_as_torch_does() -> None:
+    kinds = ("dense", "sparse", "blocks", "moe")
+    found = run_distributed(train_kinds, 2, 2, kinds, timeout_s=580)[0]
+
+    assert_alike(found, 2)
+    curve = found["sparse"]["megatron, TP2"]
+    assert curve.loss[-1] < curve.loss[0] - 0.1
+    assert len(set(curve.masks)) > 5, "the masks did not move"
+    assert max(curve.grad_norm) > 0.5, "clipping had nothing to do"
+
+
+def test_every_layout_of_four_ranks_trains_as_torch_does() -> None:
+    found = run_distributed(train_kinds, 4, 4, ("sparse", "recipe", "moe"), timeout_s=580)[0]
+
+    assert_alike(found, 4)
+    assert len(set(found["recipe"]["megatron, TP2, PP2"].masks)) > 3
+
+
+# Whole runs: phases, evaluation, checkpoints
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "torch": {},
+    "zero-2": {"parallel__engine": "deepspeed", "parallel__zero": 2},
+    "tp": {"parallel__engine": "megatron", "parallel__tp": 2},
+    "sp": {"parallel__engine": "megatron", "parallel__tp": 2, "parallel__sp": True},
+    "pp": {"parallel__engine": "megatron", "parallel__pp": 2},
+    "zero": {"parallel__engine": "megatron", "parallel__zero": 1},
+    "cp": {"parallel__engine": "megatron", "parallel__cp": 2, "parallel__zero": 1},
+}
+MOVES = [("torch", 3), ("tp", 5), ("pp", 7), ("zero-2", 8), ("cp", 9), ("sp", 10), ("zero", 11), ("torch", 0)]
+SETTINGS = {"train__precision": "bf16", "train__activation_checkpointing": True}
+
+
+def config_of(folder: Path, layout: str, output: str, **changes: Any) -> RunConfig:
+    often = {"checkpoint__keep": 20, "checkpoint__every_steps": 2, "model__num_kv_heads": 2}
+    return tiny_config(folder, output=str(folder / output), **often, **LAYOUTS[layout], **changes)
+
+
+def train_stages(folder: Path, output: str, stages: list[tuple[str, int]], **changes: Any) -> None:
+    """Each stage trains one more piece of the same run; step 0 stands for the end."""
+    for layout, step in stages:
+        config = config_of(folder, layout, output, **changes)
+        if config.parallel.engine == "megatron":
+            with megatron_on_cpu():
+                _train_stage(config, step)
+        else:
+            _train_stage(config, step)
+
+
+def _train_stage(config: RunConfig, step: int) -> None:
+    if step:
+        with pytest.raises(Interrupted):
+            train_until(config, step=step, on_existing="resume")
+    else:
+        train(config, on_existing="resume")
+
+
+def train_runs(folder: Path) -> None:
+    """A run that moves, one that stays, and settings that do not change what is learned."""
+    train_stages(folder, "run", MOVES)
+    train_stages(folder, "pipelined", [("pp", 0)], train__micro_batch_size=3)  # of 4 samples
+    for layout in ("torch", "tp"):
+        train_stages(folder, f"bf16-{layout}", [(layout, 0)], **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, and a whole run of one process on plain torch."""
+    folder = tmp_path_factory.mktemp("megatron")
+    write_corpus(folder / "corpus")
+    train_stages(folder, "run", [("torch", 0)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(alone: Path) -> Path:
+    folder = beside(alone, "two")
+    run_distributed(train_runs, 2, folder, timeout_s=580)
+    return folder
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-3), ("density", 0.0)):
+        expected = [row[key] for row in rows_of(wanted)]
+        assert [row[key] for row in rows_of(found)] == pytest.approx(expected, rel=tolerance), key
+    ours, theirs = saved_tensors(found), saved_tensors(wanted)
+    assert ours.keys() == theirs.keys()
+    assert any(key.startswith("optimizer/") for key in theirs)
+    for key, tensor in theirs.items():
+        assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def evaluations(output: Path) -> list[float]:
+    return [row["loss"] for row in read_evals(output)]
+
+
+def test_a_run_goes_from_engine_to_engine_with_its_optimizer_state(alone: Path, on_two_ranks: Path) -> None:
+    assert_same_run(on_two_ranks / "run", alone / "run")
+
+
+def test_a_pipeline_takes_micro_batches_of_several_sizes_and_evaluates(alone: Path, on_two_ranks: Path) -> None:
+    assert_same_run(on_two_ranks / "pipelined", alone / "run")
+    expected = evaluations(alone / "run")
+    assert len(expected) > 1
+    assert evaluations(on_two_ranks / "pipelined") == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_and_activation_checkpointing_compute_what_they_do_on_torch(on_two_ranks: Path) -> None:
+    expected = [row["loss"] for row in rows_of(on_two_ranks / "bf16-torch")]
+    assert [row["loss"] for row in rows_of(on_two_ranks / "bf16-tp")] == pytest.approx(expected, abs=5e-3)
