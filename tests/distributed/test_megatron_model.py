@@ -225,7 +225,7 @@ def update_rows(layout: Layout, *, sequence_parallel: bool = False) -> None:
             model = MegatronModel(Shape(config, VOCAB, SEQ_LEN, sequence_parallel))
         model.to_empty(device="cpu")
         initialize_(model, config, seed=3)
-        rows = model.share_rows()
+        rows = model.share_rows(timedelta(seconds=60))
         expected = plain(config, ())
         check_weights(model, expected, {})
         run_stage(model, with_targets=True)

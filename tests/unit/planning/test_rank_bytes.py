@@ -44,8 +44,9 @@ QUARTER = -(-NUMEL // 4)
         ({"engine": "deepspeed", "zero": 1}, (NUMEL + QUARTER, NUMEL, 2 * QUARTER)),
         ({"engine": "deepspeed", "zero": 2}, (NUMEL + QUARTER, QUARTER, 2 * QUARTER)),
         ({"engine": "deepspeed", "zero": 3}, (2 * QUARTER, QUARTER, 2 * QUARTER)),
+        ({"engine": "megatron", "zero": 1}, (NUMEL, NUMEL, 2 * QUARTER)),
     ],
-    ids=["ddp", "full", "zero-0", "zero-1", "zero-2", "zero-3"],
+    ids=["ddp", "full", "zero-0", "zero-1", "zero-2", "zero-3", "megatron-zero-1"],
 )
 def test_every_layout_shards_what_it_says(parallel: dict[str, Any], wanted: tuple[int, int, int]) -> None:
     found = held(run(parallel), 4)
