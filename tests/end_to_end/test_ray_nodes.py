@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
@@ -101,7 +102,7 @@ def test_a_checkup_sees_every_node_and_finds_nothing_wrong(cluster: Cluster) -> 
     [
         # A worker that asks for both CPUs of a node has it alone.
         pytest.param("ep", ("cluster.workers=3", "cluster.cpus_per_worker=2"), [1, 1, 1], id="ep-on-three-nodes"),
-        pytest.param("fssdp", ("cluster.workers=4", "cluster.cpus_per_worker=1"), [2, 2], id="fssdp-two-a-node"),
+        pytest.param("fssdp", ("cluster.workers=6", "cluster.cpus_per_worker=1"), [2, 2, 2], id="fssdp-two-a-node"),
     ],
 )
 def test_experts_over_nodes_have_the_losses_of_one_process(
@@ -120,36 +121,57 @@ def test_experts_over_nodes_have_the_losses_of_one_process(
     assert re.search(rf"^{len(placed)} ranks on {len(nodes)} nodes \({nodes[0]} on .*\), connected over \S+$", told)
 
 
-def kill_node(cluster: Cluster, node_id: str) -> None:
-    (node,) = [node for node in cluster.worker_nodes if node.node_id == node_id]
-    cluster.remove_node(node, allow_graceful=False)
+def lose_a_node_at_the_first_checkpoint(config: RunConfig, cluster: Cluster) -> tuple[list[Event], str, dict[str, Any]]:
+    """Train, killing one of the nodes that train meanwhile; returns the events, the node, and the run's summary.
 
-
-def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_path: Path) -> None:
-    dense = ("train.batch_tokens=256", "train.tokens=7680", "checkpoint.every_steps=5")
-    expected = same_in_one_process(tmp_path / "alone", *dense)
-    config = config_of(tmp_path / "run", *dense, "cluster.workers=2")
+    A worker takes a whole node. The driver may have joined the cluster through one of them: that one stays.
+    """
+    while len(cluster.worker_nodes) < 3:
+        cluster.add_node(num_cpus=2)
     events: list[Event] = []
     killed: list[str] = []
 
     def watch(event: Event) -> None:
         events.append(event)
         if isinstance(event, CheckpointSaved) and not killed:
-            killed.append(nodes_of_ranks(config, 1)[0])
-            kill_node(cluster, killed[0])
+            of_driver = ray.get_runtime_context().get_node_id()
+            killed.append(next(node for node in nodes_of_ranks(config, 2) if node != of_driver))
+            (node,) = [node for node in cluster.worker_nodes if node.node_id == killed[0]]
+            cluster.remove_node(node, allow_graceful=False)
 
-    summary: dict[str, Any] = run_on_ray(config, address=cluster.address, reporter=watch)
+    summary = run_on_ray(config, address=cluster.address, reporter=watch)
+    return events, killed[0], summary
+
+
+DENSE = ("train.batch_tokens=384", f"train.tokens={30 * 384}", "checkpoint.every_steps=5", "cluster.cpus_per_worker=2")
+
+
+def test_a_run_whose_node_goes_away_resumes_on_another(cluster: Cluster, tmp_path: Path) -> None:
+    expected = same_in_one_process(tmp_path / "alone", *DENSE)
+    config = config_of(tmp_path / "run", *DENSE, "cluster.workers=2")
+    events, killed, summary = lose_a_node_at_the_first_checkpoint(config, cluster)
     (warning,) = [event.message for event in events if isinstance(event, Notice) and event.level == "warning"]
     assert re.search(r"worker rank \d (died|was on a node that died|lost its connection)", warning)
-    resumed = [event.resumed_from_step for event in started(events)]
+    first, second = started(events)
     before = events[: events.index(Notice(warning, "warning"))]
     saved = [event.step for event in before if isinstance(event, CheckpointSaved)]
-    assert resumed[0] is None
-    assert resumed[1] is not None
-    assert resumed[1] >= saved[-1], "no step is lost that was saved"
-    assert killed[0] not in nodes_of_ranks(config, 2)
+    assert first.resumed_from_step is None
+    assert second.resumed_from_step is not None
+    assert second.resumed_from_step >= saved[-1], "no step is lost that was saved"
+    assert killed not in nodes_of_ranks(config, 2)
     assert losses(config) == pytest.approx(expected, rel=5e-6)
     assert summary["final_loss"] == pytest.approx(expected[-1], rel=5e-6)
+
+
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left(cluster: Cluster, tmp_path: Path) -> None:
+    expected = same_in_one_process(tmp_path / "alone", *DENSE)
+    config = config_of(tmp_path / "run", *DENSE, "cluster.workers=3", "cluster.min_workers=1")
+    events, killed, _ = lose_a_node_at_the_first_checkpoint(config, cluster)
+    first, second = started(events)
+    assert (first.world_size, second.world_size) == (3, 2)
+    assert second.resumed_from_step is not None
+    assert killed not in nodes_of_ranks(config, 2)
+    assert losses(config) == pytest.approx(expected, rel=5e-6)
 
 
 def started(events: list[Event]) -> list[RunStarted]:
