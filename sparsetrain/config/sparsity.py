@@ -142,8 +142,8 @@ class SparsityRule(Section):
     gradient too, along the outputs (2309.13015). transposable: 2:4 both ways, dense at the end (2404.01847)."""
     pattern: str = "unstructured"
     """unstructured | block[rows,cols] | n:m: n of every m inputs of each output | vector n:m or vector[outputs] n:m:
-    the same inputs for 64, or so many, outputs side by side. Zeros in blocks and vectors are skipped wherever a kernel
-    was measured to be faster than dense."""
+    the same inputs for 64, or so many, outputs side by side. Zeros are skipped wherever a kernel was measured to be
+    faster than dense: on a CPU those of blocks and vectors, on a GPU those of 2:4 too."""
     distribution: Distribution = Uniform()
     criterion: Literal["random", "magnitude"] | None = None
     """What decides which weights go; default random for static, magnitude for prune."""
@@ -194,7 +194,7 @@ class SparsityRule(Section):
         recipe, groups = self.method in RECIPES, self.groups
         if recipe and groups is None:
             raise KeyConflict("pattern", f"method={self.method} needs n:m, for example 2:4, not {self.pattern}")
-        if recipe and groups is not None and groups.vector > 1:
+        if self.method == "bdwp" and groups is not None and groups.vector > 1:
             raise KeyConflict("pattern", f"method={self.method} takes n:m without vectors, not {self.pattern}")
         if self.method == "prune" and groups is not None:
             raise KeyConflict(

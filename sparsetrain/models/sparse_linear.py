@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.nm_linear import NMPattern, NMSelection, magnitude_mask, nm_linear
+from sparsetrain_kernels.nm_linear.implementations import variant_of
 from torch import Tensor, nn
 
 from sparsetrain.config.sparsity import BlockShape
@@ -159,7 +160,14 @@ def kernel_pattern(pattern: str) -> KernelPattern | None:
 
 
 def choices(
-    pattern: KernelPattern, shape: tuple[int, int], density: float, num_tokens: int, dtype: torch.dtype, device: str
+    pattern: KernelPattern,
+    shape: tuple[int, int],
+    density: float,
+    num_tokens: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    transposable: bool = False,
 ) -> list[dispatch.Choice]:
     """What the dispatcher has the output, the input's gradient and the weight's gradient of a layer computed by.
 
@@ -170,11 +178,12 @@ def choices(
         num_tokens: Of a forward pass.
         dtype: Of the computation.
         device: cpu or cuda.
+        transposable: Whether masks are 2:4 along outputs too.
     """
     if isinstance(pattern, BlockShape):
         kind, variant = "block_sparse_linear", f"{pattern.rows}x{pattern.cols}"
     else:
-        kind, variant = "nm_linear", str(pattern)
+        kind, variant = "nm_linear", variant_of(pattern, compressed=False, transposable=transposable)
     return [
         dispatch.OPERATIONS[f"{kind}.{product}"].choose(device, dtype, variant, (num_tokens, *shape), density)
         for product in PRODUCTS

@@ -1,7 +1,8 @@
 """What recipes change in the forward pass: linear layers that see their weight through a mask.
 
 Masks live with the Sparsifier, which chooses them by the optimizer's weights; so they do not depend on mixed precision
-or sharding, and a checkpoint holds them. Layers keep their class, their parameters and their state dict.
+or sharding, and a checkpoint holds them. Layers keep their class, their parameters and their state dict. Products are
+masked dense, or those of `nm_linear` where the dispatcher of the kernel package knows them to be faster.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,6 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sparsetrain_kernels.dispatch import DENSE, OPERATIONS
+from sparsetrain_kernels.nm_linear import NMSelection, nm_linear
+from sparsetrain_kernels.nm_linear.implementations import variant_of
+from sparsetrain_kernels.precision import compute_dtype
 from torch import Tensor, nn
 
 from sparsetrain.errors import ConfigError
@@ -60,11 +65,16 @@ class SeenThroughMask:
     """What the whole weight is multiplied with: bool, or of the weight's dtype while unseen weights fade out."""
     backward_OI: Tensor | None = None
     """The mask of the input gradient, bool, where it is another."""
+    selection: NMSelection | None = None
+    """The mask as kernels read it; None while unseen weights take part, or where there are two masks."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """y = x (W ⊙ factor)ᵀ + b."""
         layer, factor_OI = self.layer, self.factor_OI
         assert factor_OI is not None, "the Sparsifier brings masks before the first step"
+        if self.selection is not None and _kernels_are_faster(x, self.selection):
+            every = self.method.gradient_flows_freely
+            return nm_linear(x, layer.weight, self.selection, layer.bias, dense_gradient=every)
         seen_OI = _SeenWeight.apply(layer.weight, factor_OI, self.method.gradient_flows_freely)  # type: ignore[no-untyped-call]
         if self.backward_OI is None:
             return F.linear(x, seen_OI, layer.bias)
@@ -83,6 +93,15 @@ class SeenThroughMask:
         master_OI = shard.local_master()
         self.factor_OI = torch.where(mask_OI, 1.0, torch.tensor(unseen, dtype=master_OI.dtype)) if unseen else mask_OI
         self.backward_OI = self.method.input_gradient_mask(whole_of(shard, master_OI))
+        self.selection = None if unseen or self.backward_OI is not None else self._selection(mask_OI, step)
+
+    def _selection(self, mask_OI: Tensor, step: int) -> NMSelection | None:
+        """The mask of a layer's weight as kernels read it; None where all of it is seen."""
+        if self.weight.is_dense:
+            return None
+        pattern = self.method.pattern(step)
+        mask_GI = mask_OI[:: pattern.vector].contiguous()
+        return NMSelection(pattern, mask_GI, self.method.masks_are_transposable)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -92,6 +111,16 @@ class SeenThroughMask:
         kept, master = self.weight.shard.local_weight(), self.weight.shard.local_master()
         for part in [kept] if kept.data_ptr() == master.data_ptr() else [kept, master]:
             part.mul_(local.to(part.dtype).view(part.shape))
+
+
+def _kernels_are_faster(x: Tensor, selection: NMSelection) -> bool:
+    """Whether the dispatcher has a product with the weight leave out zeros; compiled steps stay masked dense."""
+    if torch.compiler.is_compiling():
+        return False
+    variant = variant_of(selection.pattern, compressed=False, transposable=selection.is_transposable)
+    problem = variant, (x.numel() // x.shape[-1], *selection.shape), selection.pattern.density
+    products = (OPERATIONS[f"nm_linear.{product}"] for product in ("output", "input_gradient"))
+    return any(p.choose(x.device.type, compute_dtype(x), *problem).implementation != DENSE for p in products)
 
 
 class ForwardMasks:

@@ -3,16 +3,17 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from sparsetrain_kernels.dispatch import DENSE, OPERATIONS, Choice
+from sparsetrain_kernels.nm_linear import NMPattern
 from torch import nn
 
-from sparsetrain.config import RunConfig
+from sparsetrain.config import RunConfig, SparsityRule
 from sparsetrain.models import SparseLinear
-from sparsetrain.models.sparse_linear import choices, kernel_pattern, pattern_text
+from sparsetrain.models.sparse_linear import KernelPattern, choices, kernel_pattern, pattern_text
 from sparsetrain.sharding import canonical_modules
 from sparsetrain.sparsity import LayerSparsity, Sparsifier
 from sparsetrain.training.summary import SparseLayerSummary
@@ -36,7 +37,7 @@ class _Layer:
 
 
 class SparseLayers:
-    """The weights of one phase that rules keep zero in a pattern of kernels.
+    """The weights of one phase that rules multiply as zero in a pattern of kernels.
 
     Args:
         model: Plain, wrapped or sharded.
@@ -72,31 +73,52 @@ class SparseLayers:
         dense: dict[tuple[str, str], list[str]] = defaultdict(list)
         where = f"in {str(self._dtype).removeprefix('torch.')} on {self._device}"
         for layer in self._layers():
-            if not any(OPERATIONS[choice.problem.operation].candidates(choice.problem) for choice in layer.choices):
+            if self._rule(layer.sparsity).method == "bdwp":
+                dense[layer.pattern, "no kernel multiplies with the two masks of bdwp"].append(layer.sparsity.name)
+            elif not any(OPERATIONS[choice.problem.operation].candidates(choice.problem) for choice in layer.choices):
                 dense[layer.pattern, f"no kernel computes it {where}"].append(layer.sparsity.name)
         for owned, pattern in self._owned():
             if owned.name not in self._linears:
-                dense[pattern, "only nn.Linear layers leave out zeros"].append(owned.name)
+                dense[pattern_text(pattern), "only nn.Linear layers leave out zeros"].append(owned.name)
         return [
             f"pattern {pattern}: {why}; masked dense, so that zeros save no time: {names[0]}"
             + (f" and {len(names) - 1} more" if names[1:] else "")
             for (pattern, why), names in dense.items()
         ]
 
-    def _owned(self) -> Iterator[tuple[LayerSparsity, str]]:
-        """Weights that are kept zero in a pattern that kernels are written for."""
+    def _rule(self, owned: LayerSparsity) -> SparsityRule:
+        return self._sparsifier.rules[owned.rule]
+
+    def _owned(self) -> Iterator[tuple[LayerSparsity, KernelPattern]]:
+        """Weights that are multiplied as zeros in a pattern that kernels are written for."""
         for owned in self._sparsifier.report():
-            rule = self._sparsifier.rules[owned.rule]
-            if not rule.is_recipe and kernel_pattern(rule.pattern) is not None:
-                yield owned, rule.pattern
+            pattern = kernel_pattern(self._rule(owned).pattern)
+            if pattern is not None:
+                yield owned, pattern
 
     def _layers(self) -> Iterator[_Layer]:
-        for owned, text in self._owned():
-            linear, pattern = self._linears.get(owned.name), kernel_pattern(text)
-            if linear is not None and pattern is not None:
+        for owned, pattern in self._owned():
+            linear = self._linears.get(owned.name)
+            if linear is not None:
                 shape = linear.out_features, linear.in_features
-                chosen = choices(pattern, shape, owned.density, self._num_tokens, self._dtype, self._device)
-                yield _Layer(owned, pattern_text(pattern), shape, chosen)
+                yield _Layer(owned, pattern_text(pattern), shape, self._choices(owned, pattern, shape))
+
+    def _choices(self, owned: LayerSparsity, pattern: KernelPattern, shape: tuple[int, int]) -> list[Choice]:
+        rule, density = self._rule(owned), owned.density
+        if isinstance(pattern, NMPattern) and rule.is_recipe and density < 1.0:  # sdgf comes down to it in stages
+            pattern = replace(pattern, n=round(density * pattern.m))
+        how = (pattern, shape, density, self._num_tokens, self._dtype, self._device)
+        chosen = choices(*how, transposable=rule.method == "transposable")
+        if not rule.is_recipe:
+            return chosen
+        if density == 1.0 or rule.method == "bdwp":
+            return [_dense(choice) for choice in chosen]
+        densities = self._sparsifier.weight_gradient_densities()
+        return [*chosen[:2], _dense(chosen[2]) if densities[owned.name] == 1.0 else chosen[2]]
+
+
+def _dense(choice: Choice) -> Choice:
+    return replace(choice, implementation=DENSE, seconds=choice.dense_seconds, reason="it is needed whole")
 
 
 def _summary(name: str, layers: Sequence[_Layer]) -> SparseLayerSummary:

@@ -91,12 +91,17 @@ def test_kernels_change_nothing_but_the_work(folder: Path, pattern: str) -> None
 
 def test_a_pattern_without_a_kernel_runs_masked_dense_and_says_so_once(folder: Path) -> None:
     rule = {"params": ["*.ffn.*", "*.experts.*"], "method": "static", "pattern": "2:4"}
+    recipes = [
+        {"params": f"layers.{at}.attention.*", "method": m, "pattern": "2:4"} for at, m in enumerate(("ste", "bdwp"))
+    ]
     moe = {"num_experts": 2, "top_k": 1, "ffn_dim": 64, "layers": [1]}
-    _, summary, events = run(folder, "no kernel", "vector[16] 1:4", 2.0, sparsity=[rule], model__moe=moe)
+    _, summary, events = run(folder, "no kernel", "vector[16] 1:4", 2.0, sparsity=[rule, *recipes], model__moe=moe)
     told = [event.message for event in events if isinstance(event, Notice) and "masked dense" in event.message]
     assert told == [
         "pattern 2:4: no kernel computes it in float32 on cpu; masked dense, so that zeros save no time: "
-        "layers.0.ffn.down.weight and 2 more",
+        "layers.0.ffn.down.weight and 6 more",
+        "pattern 2:4: no kernel multiplies with the two masks of bdwp; masked dense, so that zeros save no time: "
+        "layers.1.attention.k.weight and 3 more",
         "pattern 2:4: only nn.Linear layers leave out zeros; masked dense, so that zeros save no time: "
         "layers.1.moe.experts.0.down and 5 more",
     ]

@@ -45,4 +45,4 @@ class StructureDecay(_GradientFlow):
         """The stage's n, of the pattern's m."""
         assert self.rule.groups is not None, "the config asks recipes for n:m"
         m = self.rule.groups.m
-        return NMPattern(round(m * (1 - self.timetable.sparsity_after(step))), m)
+        return NMPattern(round(m * (1 - self.timetable.sparsity_after(step))), m, self.rule.groups.vector)

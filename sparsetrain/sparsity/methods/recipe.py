@@ -37,6 +37,8 @@ class StraightThrough(Method):
     zeros_in_parameter = False
     gradient_flows_freely = True
     """True: unseen weights get their whole gradient. False: that of the product, as small as their factor."""
+    masks_are_transposable = False
+    """Whether masks are 2:4 along outputs too."""
 
     def first_masks(self, weights: Sequence[SparseWeight]) -> list[Tensor]:
         """Of the weights as they are."""
@@ -52,12 +54,13 @@ class StraightThrough(Method):
 
     def mask(self, weight_OI: Tensor, step: int) -> Tensor:
         """The mask of a whole weight, bool [O, I], once `step` steps are done."""
-        return magnitude_mask(weight_OI, self.pattern(step))
+        pattern = self.pattern(step)
+        return magnitude_mask(weight_OI, pattern).repeat_interleave(pattern.vector, 0)
 
     def pattern(self, step: int) -> NMPattern:
         """What holds once `step` steps are done."""
         assert self.rule.groups is not None, "the config asks recipes for n:m"
-        return NMPattern(self.rule.groups.n, self.rule.groups.m)
+        return NMPattern(self.rule.groups.n, self.rule.groups.m, self.rule.groups.vector)
 
     def input_gradient_mask(self, weight_OI: Tensor) -> Tensor | None:
         """The mask of ∂L/∂x = (M ⊙ W)ᵀ ∂L/∂y, bool [O, I]; None: that of the forward pass."""

@@ -15,6 +15,8 @@ from sparsetrain.sparsity.methods.recipe import DecayingStraightThrough
 class Transposable(DecayingStraightThrough):
     """2:4 both ways, then dense: `transposable`."""
 
+    masks_are_transposable = True
+
     def is_due(self, step: int) -> bool:
         """Every few steps, until the dense tail begins."""
         return super().is_due(step) and (not self._is_dense(step) or self.timetable.changes_after(step))

@@ -97,7 +97,7 @@ def test_groups_that_do_not_divide_say_so(pattern: str, shape: tuple[int, ...], 
         ("vector 0:4", "static", "choose 1 <= n < m <= 64"),
         ("vector[0] 1:4", "static", "at least one output"),
         ("vector", "static", "expected unstructured, block"),
-        ("vector 1:4", "ste", "takes n:m without vectors"),
+        ("vector 1:4", "bdwp", "takes n:m without vectors"),
         ("2:4", "prune", "use static or ste"),
     ],
 )

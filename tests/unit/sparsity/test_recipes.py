@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from sparsetrain_kernels import dispatch
+from sparsetrain_kernels.dispatch import Problem
+from sparsetrain_kernels.dispatch.table import Table
 from torch import Tensor, nn
 
 from sparsetrain.config import InvalidConfig, SparsityRule
@@ -237,6 +240,45 @@ def test_a_phase_resumed_in_its_middle_goes_on_bitwise(method: str) -> None:
 
     assert [step(again, optimizer, x) for x in batches()[5:]] == losses[5:]
     assert torch.equal(again.weight, straight.weight)
+
+
+@pytest.fixture
+def gathering_is_fast():
+    """A table that says so of every product of `layer(outputs=32)` with vectors of 16."""
+    times = {
+        Problem(
+            f"nm_linear.{product}",
+            f"vector[16] {n}:8",
+            "cpu",
+            torch.float64,
+            (5, 32, 8),
+            n / 8,
+            torch.get_num_threads(),
+        ): {"dense": 2.0, "gather": 1.0}
+        for n in (1, 2, 4, 7)
+        for product in ("output", "input_gradient", "weight_gradient")
+    }
+    dispatch.use_table("cpu", Table("here", times))
+    yield
+    dispatch.use_table("cpu", None)
+
+
+@pytest.mark.parametrize("method", ["ste", "sr_ste", "mdgf", "sdgf"])
+def test_kernels_train_what_masked_dense_products_do(method: str, gathering_is_fast: None) -> None:
+    one = rule(method, "vector[16] 1:8")
+    fast, slow = layer(outputs=32), layer(outputs=32)
+    sparse = Sparsifier([one], total_steps=STEPS)
+    losses = train(fast, sparse)
+    gathered = {choice.problem.operation for choice in dispatch.choices() if choice.implementation == "gather"}
+    dispatch.use_table("cpu", Table("nothing measured"))
+    expected = train(slow, Sparsifier([one], total_steps=STEPS))
+
+    assert "nm_linear.output" in gathered
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-12, atol=0)
+    torch.testing.assert_close(fast.weight, slow.weight)
+    (mask,) = sparse.masks().values()
+    assert torch.equal(mask[:16], mask[:1].expand(16, -1))
+    assert int(mask[0].sum()) == int(mask[16].sum()) == 1
 
 
 def test_folding_leaves_the_function_and_plain_layers() -> None:
