@@ -18,7 +18,7 @@ from sparsetrain_kernels.precision import compute_dtype
 from torch import Tensor, nn
 
 from sparsetrain.errors import ConfigError
-from sparsetrain.sharding import canonical_modules
+from sparsetrain.sharding import PartOfModel, canonical_modules
 from sparsetrain.sparsity.followers import FollowsZeros
 from sparsetrain.sparsity.gathering import whole_of
 from sparsetrain.sparsity.methods.recipe import StraightThrough
@@ -58,32 +58,39 @@ class _TwoWeights(torch.autograd.Function):
 class SeenThroughMask:
     """The forward pass of one linear layer."""
 
-    layer: nn.Linear
+    layer: nn.Linear | None
+    """None: another pipeline stage has it."""
     weight: SparseWeight
     method: StraightThrough
+    part: PartOfModel | None = None
+    """Whose layers multiply with a part of the weight; None: they multiply with the whole, gathered where it is cut."""
+    whole_OI: Tensor | None = None
+    """What the whole weight is multiplied with."""
     factor_OI: Tensor | None = None
-    """What the whole weight is multiplied with: bool, or of the weight's dtype while unseen weights fade out."""
+    """What the layer's weight is multiplied with: bool, or of the weight's dtype while unseen weights fade out."""
     backward_OI: Tensor | None = None
     """The mask of the input gradient, bool, where it is another."""
     selection: NMSelection | None = None
     """The mask as kernels read it; None while unseen weights take part, or where there are two masks."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """y = x (W ⊙ factor)ᵀ + b."""
+    def __call__(self, x: Tensor, *biases: Tensor | None) -> Tensor:
+        """y = x (W ⊙ factor)ᵀ + b; b is that of the layer if none is given."""
         layer, factor_OI = self.layer, self.factor_OI
+        assert layer is not None
         assert factor_OI is not None, "the Sparsifier brings masks before the first step"
+        (bias,) = biases or (layer.bias,)
         if self.selection is not None and _kernels_are_faster(x, self.selection):
             every = self.method.gradient_flows_freely
-            return nm_linear(x, layer.weight, self.selection, layer.bias, dense_gradient=every)
+            return nm_linear(x, layer.weight, self.selection, bias, dense_gradient=every)
         seen_OI = _SeenWeight.apply(layer.weight, factor_OI, self.method.gradient_flows_freely)  # type: ignore[no-untyped-call]
         if self.backward_OI is None:
-            return F.linear(x, seen_OI, layer.bias)
+            return F.linear(x, seen_OI, bias)
         other_OI = layer.weight.detach() * self.backward_OI
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, seen_OI, other_OI = x.to(dtype), seen_OI.to(dtype), other_OI.to(dtype)
         y: Tensor = _TwoWeights.apply(x, seen_OI, other_OI)  # type: ignore[no-untyped-call]
-        return y if layer.bias is None else y + layer.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def refresh(self, step: int) -> None:
         """Take over the mask as it is; collective where the weight is sharded."""
@@ -91,13 +98,18 @@ class SeenThroughMask:
         mask_OI = whole_of(shard, self.weight.bits).bool()
         self.weight.unseen_factor = unseen = self.method.unseen_factor(step)
         master_OI = shard.local_master()
-        self.factor_OI = torch.where(mask_OI, 1.0, torch.tensor(unseen, dtype=master_OI.dtype)) if unseen else mask_OI
-        self.backward_OI = self.method.input_gradient_mask(whole_of(shard, master_OI))
-        self.selection = None if unseen or self.backward_OI is not None else self._selection(mask_OI, step)
+        factor_OI = torch.where(mask_OI, 1.0, torch.tensor(unseen, dtype=master_OI.dtype)) if unseen else mask_OI
+        backward_OI = self.method.input_gradient_mask(whole_of(shard, master_OI))
+        self.whole_OI, self.factor_OI = factor_OI, self._of_layer(factor_OI)
+        self.backward_OI = None if backward_OI is None else self._of_layer(backward_OI)
+        self.selection = None if unseen or backward_OI is not None else self._selection(mask_OI, step)
+
+    def _of_layer(self, whole_OI: Tensor) -> Tensor:
+        return whole_OI if self.part is None else self.part.multiplied_part(self.weight.shard.name, whole_OI)
 
     def _selection(self, mask_OI: Tensor, step: int) -> NMSelection | None:
-        """The mask of a layer's weight as kernels read it; None where all of it is seen."""
-        if self.weight.is_dense:
+        """The mask as kernels read it; None where all of the weight is seen, or a layer multiplies with a part."""
+        if self.weight.is_dense or self.part is not None:
             return None
         pattern = self.method.pattern(step)
         mask_GI = mask_OI[:: pattern.vector].contiguous()
@@ -106,8 +118,8 @@ class SeenThroughMask:
     @torch.no_grad()
     def fold(self) -> None:
         """Put what the forward pass sees into the weight, in the optimizer's copy too; collective."""
-        assert self.factor_OI is not None
-        local = self.weight.shard.cut(self.factor_OI)
+        assert self.whole_OI is not None
+        local = self.weight.shard.cut(self.whole_OI)
         kept, master = self.weight.shard.local_weight(), self.weight.shard.local_master()
         for part in [kept] if kept.data_ptr() == master.data_ptr() else [kept, master]:
             part.mul_(local.to(part.dtype).view(part.shape))
@@ -135,13 +147,16 @@ class ForwardMasks:
     """
 
     def __init__(self, model: nn.Module, weights: Iterable[tuple[StraightThrough, SparseWeight]]) -> None:
-        users: dict[str, nn.Module] = {}
-        for path, module in canonical_modules(model):
-            if "weight" in dict(module.named_parameters(recurse=False)):
-                users[f"{path}.weight" if path else "weight"] = module
-        self._layers = [SeenThroughMask(_linear(users, method, weight), weight, method) for method, weight in weights]
+        part = model if isinstance(model, PartOfModel) else None
+        users = _users(model)
+        all_users = users if part is None else _users(part.whole) | users
+        self._layers = []
+        for method, weight in weights:
+            layer = _linear(all_users, method, weight)
+            self._layers.append(SeenThroughMask(layer if weight.shard.name in users else None, weight, method, part))
         for seen in self._layers:
-            seen.layer.__dict__["forward"] = seen  # before the class's method, after any wrapper's hooks
+            if seen.layer is not None:
+                seen.layer.__dict__[_product(seen.layer)] = seen  # before the class's method, after any wrapper's hooks
 
     def __bool__(self) -> bool:
         return bool(self._layers)
@@ -166,9 +181,23 @@ class ForwardMasks:
     def remove(self) -> None:
         """Let the layers multiply with their whole weights again."""
         for seen in self._layers:
-            if seen.layer.__dict__.get("forward") is seen:
-                del seen.layer.__dict__["forward"]
+            if seen.layer is not None and seen.layer.__dict__.get(_product(seen.layer)) is seen:
+                del seen.layer.__dict__[_product(seen.layer)]
         self._layers = []
+
+
+def _product(layer: nn.Linear) -> str:
+    """The method that multiplies with the weight: a layer may do more than that, such as add up over ranks."""
+    return "multiply" if hasattr(layer, "multiply") else "forward"
+
+
+def _users(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have a weight of their own, by its name."""
+    users: dict[str, nn.Module] = {}
+    for path, module in canonical_modules(model):
+        if "weight" in dict(module.named_parameters(recurse=False)):
+            users[f"{path}.weight" if path else "weight"] = module
+    return users
 
 
 def _linear(users: dict[str, nn.Module], method: StraightThrough, weight: SparseWeight) -> nn.Linear:

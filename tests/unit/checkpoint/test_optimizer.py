@@ -84,3 +84,13 @@ def test_other_groups_are_an_error():
     optimizer.param_groups.pop()
     with pytest.raises(CheckpointError, match="2 parameter groups, and this one 1"):
         load_optimizer_state(optimizer, state)
+
+
+def test_a_group_without_parameters_here_has_the_steps_of_the_others():
+    """As on a pipeline stage without experts, whose state is loaded where there are some."""
+    model, optimizer = build("adamw-fused")
+    optimizer.add_param_group({"params": []})
+    step(model, optimizer)
+
+    assert [group["steps"] for group in optimizer_state(optimizer)["groups"]] == [1.0, 1.0, 1.0]
+    load_optimizer_state(optimizer, optimizer_state(optimizer))

@@ -79,6 +79,17 @@ def test_balance_by_sequence_is_the_mean_over_sequences():
     assert auxiliary_loss(moe).item() == pytest.approx(0.3 * expected)
 
 
+def test_ranks_that_share_the_tokens_of_a_call_add_up_to_its_balance_loss():
+    moe, x_TM = layer(), inputs().flatten(0, 1)
+    together = moe.router(x_TM)
+    counts = torch.bincount(together.expert_R, minlength=together.num_experts)
+
+    parts = [moe.router(part) for part in x_TM.chunk(2)]
+    shared = [balance_loss(part, part.num_tokens, lambda counts_SE: counts_SE.copy_(counts)) for part in parts]
+
+    assert_close(sum(shared), balance_loss(together, together.num_tokens))
+
+
 def test_gradients_of_both_losses_are_exact():
     moe = layer()
     x = inputs(2).requires_grad_()
