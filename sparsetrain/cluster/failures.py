@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train.v2.api.callback import UserCallback
 
 from sparsetrain.cluster.events import put_events
 from sparsetrain.errors import SparsetrainError
-from sparsetrain.parallel import lost_a_rank
 
 MAX_RANKS_SHOWN = 6
 """With the lines around them, a summary stays within 15 lines."""
@@ -59,6 +58,8 @@ class RankError(Exception):
     @classmethod
     def from_exception(cls, error: BaseException) -> "RankError":
         """Keep the type, the first line of the message, and the place."""
+        from sparsetrain.parallel import lost_a_rank  # late: Ray Train's controller, which waits for us, needs none
+
         message = (str(error).strip().splitlines() or [""])[0][:300]
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""
@@ -117,6 +118,16 @@ def describe(error: Exception) -> RankFailure:
     if type(error).__name__ == "WorkerHealthCheckTimeoutError":
         return RankFailure(Cause.HUNG, "stopped answering")
     return RankFailure(Cause.RAISED, f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:300]}")
+
+
+def essence(error: Exception) -> str:
+    """Type and most telling line of an error of Ray's own.
+
+    Of what was raised in another process, Ray's text ends with what that was, and begins with where.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    raised_elsewhere = isinstance(error, RayTaskError) or "creation task" in lines[0]
+    return f"{type(error).__name__}: {lines[-1 if raised_elsewhere else 0].strip()}"
 
 
 def restart_notice(failed: GroupFailed, *, restarts: int, max_restarts: int, last_step: int | None) -> str:

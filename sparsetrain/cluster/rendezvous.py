@@ -19,7 +19,6 @@ from ray.train.torch.config import _TorchBackend
 
 from sparsetrain.cluster.events import put_events
 from sparsetrain.errors import ClusterError
-from sparsetrain.parallel.fssdp.groups import NODE_VARIABLE
 from sparsetrain.training.events import Notice
 
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -50,6 +49,8 @@ def take_place() -> Place:
     Raises:
         ClusterError: No interface of this node has the address that Ray knows it by.
     """
+    from sparsetrain.parallel.fssdp.groups import NODE_VARIABLE  # late: Ray Train's controller needs none of it
+
     address = str(ray.util.get_node_ip_address())
     interface = interface_of(address)
     if interface is None and any(name not in os.environ for name in INTERFACE_VARIABLES):

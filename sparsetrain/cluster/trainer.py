@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
@@ -17,7 +17,15 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from sparsetrain.checkpoint import latest_checkpoint, step_of
 from sparsetrain.cluster.events import start_hub, take_events
-from sparsetrain.cluster.failures import FailurePolicy, GroupFailed, RestartUseless, describe, restart_notice, summary
+from sparsetrain.cluster.failures import (
+    FailurePolicy,
+    GroupFailed,
+    RestartUseless,
+    describe,
+    essence,
+    restart_notice,
+    summary,
+)
 from sparsetrain.cluster.head import LOCAL, check_head
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths, in_ray_job, job_output_root
@@ -201,10 +209,7 @@ class _Run:
         if isinstance(cause, WorkerGroupError):
             failed = GroupFailed({rank: describe(failure) for rank, failure in cause.worker_failures.items()})
             return self._summary(failed, f"{max_restarts} restarts (cluster.max_restarts={max_restarts})")
-        # Of an error on a worker, Ray's text ends with what it was; it begins with Ray's own words for where.
-        name, text = type(cause).__name__, str(cause).strip().splitlines() or [""]
-        what = text[-1].strip() if isinstance(cause, RayTaskError) else text[0]
-        return ClusterError(f"Ray Train gave up: {name}: {what}\nfull log: {self._folder.logs}")
+        return ClusterError(f"Ray Train gave up: {essence(cause)}\nfull log: {self._folder.logs}")
 
     def _summary(self, failed: GroupFailed, tried: str) -> ClusterError:
         step = self._last_step()

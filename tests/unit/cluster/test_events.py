@@ -74,3 +74,13 @@ def test_taking_returns_as_soon_as_something_arrives() -> None:
 def test_the_actors_process_needs_no_torch() -> None:
     code = "import sys, sparsetrain.cluster.hub; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_ray_trains_controller_loads_little_of_ours() -> None:
+    """The workers start only when it has loaded what it needs."""
+    code = (
+        "import sys, sparsetrain.cluster.failures, sparsetrain.cluster.rendezvous\n"
+        "sys.exit('sparsetrain.parallel' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, NodeDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError, RayTaskError
 
 from sparsetrain.cluster import failures
 from sparsetrain.cluster.failures import (
@@ -14,6 +14,7 @@ from sparsetrain.cluster.failures import (
     RankFailure,
     RestartUseless,
     describe,
+    essence,
     restart_notice,
     summary,
 )
@@ -114,3 +115,11 @@ def test_an_exception_that_comes_back_is_not_retried_again(hub: FakeHub) -> None
     with pytest.raises(RestartUseless):
         policy.after_exception(None, {0: error})
     assert len(hub.events) == 1
+
+
+def test_the_essence_of_what_was_raised_elsewhere_is_its_last_line() -> None:
+    cause = RayTaskError("ray::TrainController.__init__", "Traceback\n  file\nImportError: no such name", ValueError())
+    assert essence(ActorDiedError(cause)) == "ActorDiedError: ImportError: no such name"
+    assert essence(cause) == "RayTaskError: ImportError: no such name"
+    assert essence(RuntimeError("what happened\nand then")) == "RuntimeError: what happened"
+    assert essence(RuntimeError()) == "RuntimeError: "
