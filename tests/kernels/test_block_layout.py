@@ -237,6 +237,10 @@ def test_slices_hide_what_the_whole_hides(mask: Tensor, causal: bool, missing: i
         (lambda: BlockLayout.build(Strided(2), 64), "pass num_heads"),
         (lambda: BlockLayout.build([Local(1)] * 3, 64, num_heads=2), "3 entries for num_heads=2"),
         (lambda: BlockLayout.build(Local(1), 0), "num_tokens=0"),
+        (lambda: BlockLayout.build(Strided(2), 64, num_heads=0), "num_heads=0: must be at least 1"),
+        (lambda: BlockLayout.build("dense", 64), "patterns='dense': must be a Pattern"),  # type: ignore[arg-type]
+        (lambda: BlockLayout.build(Local(1), 64) | Sink(1), "lay that out with BlockLayout.build"),  # type: ignore[operator]
+        (lambda: BlockLayout.from_mask([[True]]), "mask is a list: must be a bool tensor"),  # type: ignore[arg-type]
         (lambda: BlockLayout.from_mask(torch.ones(2, 2)), "must be bool"),
         (lambda: BlockLayout.build(Local(1), 64).slice_queries(0, 2), "query blocks 0 to 2 of 1"),
         (

@@ -185,6 +185,16 @@ def test_parts_of_queries_and_keys_combine_to_the_whole() -> None:
         assert_close(a, b)
 
 
+def test_a_slice_at_the_beginning_does_not_take_its_documents_for_those_of_all_samples() -> None:
+    """The whole is as long as both samples of the slice together, and its documents end there."""
+    q, k, v, *_ = Call(tokens=64).tensors(torch.float64)
+    layout, cu_seqlens = BlockLayout.build(Dense(), 64, block=16), torch.tensor([0, 20, 64])
+    whole = block_sparse_attention(q, k, v, layout, causal=True, cu_seqlens=cu_seqlens)
+    first = layout.slice_queries(0, 2).slice_keys(0, 2)
+    half = (x[:, :32] for x in (q, k, v))
+    assert_close(block_sparse_attention(*half, first, causal=True, cu_seqlens=cu_seqlens), whole[:, :32])
+
+
 def test_slices_of_heads_are_heads_of_the_whole() -> None:
     q, k, v, *_ = CALL.tensors(torch.float64)
     layout = CALL.layout()
@@ -326,6 +336,10 @@ ONE = torch.ones(2, 57, 2, 16)
         ({"cu_seqlens": torch.tensor([0.0, 57.0])}, "must be int32 or int64"),
         ({"cu_seqlens": torch.tensor([0, 40, 30, 57])}, r"cu_seqlens=\[0, 40, 30, 57\]: must start with 0 and ascend"),
         ({"cu_seqlens": torch.tensor([0, 30])}, "ends at 30: must end at 57, the tokens of a sample, or at 114"),
+        ({"q": [1.0]}, "q is a list: must be a tensor"),
+        ({"layout": CALL.layout().to_mask()}, "layout is a Tensor: must be a BlockLayout; BlockLayout.from_mask makes"),
+        ({"cu_seqlens": [0, 57]}, "cu_seqlens is a list: must be an integer tensor"),
+        ({"scale": float("nan")}, "scale=nan: must be a finite number"),
         ({"implementation": "cuda"}, "implementation='cuda': must be one of reference, dense, cpu, triton"),
     ],
 )

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import torch
 from sparsetrain_kernels import BlockLayout, block_sparse_attention
 from sparsetrain_kernels.block_layout import Dense, Local, Random, Sink, Strided
 from sparsetrain_kernels.block_sparse_attention.implementations import FORWARD
+from sparsetrain_kernels.current_device import on_its_device
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.testing import assert_close, requires_gpu
@@ -83,6 +87,22 @@ def test_what_the_kernels_cannot_do_is_said(call: Call, dtype: torch.dtype, mess
         computed(call, call.layout(), call.tensors(dtype), "triton", device)
 
 
+def test_kernels_are_launched_on_the_device_of_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, wherever the tensors lie."""
+    entered: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        entered.append(x)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launched: list[Tensor] = []
+    x = torch.ones(1)
+    assert on_its_device(lambda q, scale: launched.extend(entered) or scale)(x, scale=2.0) == 2.0
+    assert launched == [x]
+
+
 COMPILE = """
 import torch
 from triton.backends.compiler import GPUTarget
@@ -123,6 +143,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("call", SMALL, ids=str)
 def test_kernels_agree_with_the_oracle(call: Call, dtype: torch.dtype) -> None:
     check(call, dtype, None, "cuda")
+
+
+@requires_gpu
+def test_more_heads_of_all_samples_than_a_grids_second_dimension_takes() -> None:
+    check(Call(batch=4097, tokens=16, heads=16, kv_heads=16, lists=1), torch.float32, "triton", "cuda")
 
 
 @requires_gpu

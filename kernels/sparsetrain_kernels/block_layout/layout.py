@@ -37,6 +37,8 @@ class BlockLayout:
     """Place in the sequence of the first block of queries; not 0 in a slice."""
     first_key_block: int = 0
     """Place in the sequence of the first block of keys; not 0 in a slice."""
+    is_slice: bool = False
+    """Whether blocks of queries or keys of a longer sequence were left out, even if only behind these."""
     _ranges: tuple[Tensor, Tensor] = field(init=False, repr=False)
     """Row and column ranges of the variants of `visibility` without documents: causal + 2 · ragged."""
     _densities: tuple[float, float] = field(init=False, repr=False)
@@ -102,6 +104,10 @@ class BlockLayout:
         Raises:
             ValueError: Not such a mask.
         """
+        if not isinstance(mask, Tensor):
+            raise ValueError(
+                f"mask is a {type(mask).__name__}: must be a bool tensor [heads or 1, query blocks, key blocks]"
+            )
         if mask.dtype != torch.bool or mask.ndim != 3 or 0 in mask.shape:
             raise ValueError(
                 f"mask is {mask.dtype} {list(mask.shape)}: must be bool [heads or 1, query blocks, key blocks], none 0"
@@ -150,12 +156,16 @@ class BlockLayout:
     def slice_queries(self, first: int, end: int) -> "BlockLayout":
         """Blocks of queries first … end − 1, with the keys that they see; causality still goes by their old places."""
         part = _range("query blocks", first, end, self.num_query_blocks)
-        return replace(self._rebuilt(self.to_mask()[:, part]), first_query_block=self.first_query_block + first)
+        place = self.first_query_block + first
+        is_slice = self.is_slice or end - first < self.num_query_blocks
+        return replace(self._rebuilt(self.to_mask()[:, part]), first_query_block=place, is_slice=is_slice)
 
     def slice_keys(self, first: int, end: int) -> "BlockLayout":
         """Blocks of keys first … end − 1; results over parts of the keys are combined by their log-sum-exp."""
         part = _range("key blocks", first, end, self.num_key_blocks)
-        return replace(self._rebuilt(self.to_mask()[:, :, part]), first_key_block=self.first_key_block + first)
+        place = self.first_key_block + first
+        is_slice = self.is_slice or end - first < self.num_key_blocks
+        return replace(self._rebuilt(self.to_mask()[:, :, part]), first_key_block=place, is_slice=is_slice)
 
     def to(self, device: torch.device | str) -> "BlockLayout":
         """Copy on a device; itself where it lies there."""
@@ -226,7 +236,7 @@ class BlockLayout:
             return self._visibility(causal, rows, columns, None)
         first_query = self.first_query_block * self.block
         # A slice does not know how long the whole is: then cu_seqlens are those of one sample, and say so.
-        whole = self.shift == 0 and first_query == 0 and num_queries == num_keys
+        whole = not self.is_slice and num_queries == num_keys
         documents = document_bounds(
             cu_seqlens, batch, num_queries, num_keys if whole else cu_seqlens[-1], first_query=first_query
         )
@@ -256,6 +266,10 @@ class BlockLayout:
 
     def _aligned(self, other: "BlockLayout") -> Tensor:
         """The other's mask, if it lies over the same blocks."""
+        if not isinstance(other, BlockLayout):
+            raise ValueError(
+                f"a layout and a {type(other).__name__} do not combine: lay that out with BlockLayout.build first"
+            )
         mine, its = self._place, other._place
         if mine != its or (self.num_heads != other.num_heads and 1 not in (self.num_heads, other.num_heads)):
             raise ValueError(
@@ -283,10 +297,16 @@ class BlockLayout:
 
 
 def _one_per_head(patterns: Pattern | Sequence[Pattern], num_heads: int | None) -> list[Pattern]:
+    if num_heads is not None:
+        _positive("num_heads", num_heads)
     if isinstance(patterns, Pattern):
         if num_heads is None and patterns.differs_by_head:
             raise ValueError(f"patterns={patterns!r} differs by head: pass num_heads")
         return [patterns] * (1 if num_heads is None or not patterns.differs_by_head else num_heads)
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, Pattern) for pattern in patterns):
+        raise ValueError(
+            f"patterns={patterns!r}: must be a Pattern such as Local(4) | Sink(1), or a list of one a head"
+        )
     if not patterns or (num_heads is not None and len(patterns) != num_heads):
         raise ValueError(
             f"patterns has {len(patterns)} entries for num_heads={num_heads}: give one for each head, or one"

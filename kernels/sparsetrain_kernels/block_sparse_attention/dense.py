@@ -35,7 +35,7 @@ def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility,
     with as_written(q_BSHD.device):
         if q_BSHD.is_cpu:
             return _forward_on_cpu(q_BSHD, k_BTKD, v_BTKD, visible, plain, scale)
-        if plain and _flash_attention_takes(q_BSHD):
+        if plain and flash_attention_takes(q_BSHD.dtype, q_BSHD.shape[3]):
             inputs = (_heads_first(x, q_BSHD.shape[2]) for x in (q_BSHD, k_BTKD, v_BTKD))
             flash = torch.ops.aten._scaled_dot_product_flash_attention
             out, lse, *_ = flash(*inputs, 0.0, visible.causal, False, scale=scale)
@@ -58,7 +58,7 @@ def backward(
     num_queries, num_heads = q_BSHD.shape[1:3]
     num_keys, num_kv_heads = k_BTKD.shape[1:3]
     plain = hides_nothing(visible, num_queries, num_keys)
-    on_gpu = plain and _flash_attention_takes(q_BSHD)
+    on_gpu = plain and q_BSHD.is_cuda and flash_attention_takes(q_BSHD.dtype, q_BSHD.shape[3])
     if dlse_BHS is not None or not (q_BSHD.is_cpu or on_gpu):
         return reference.backward(dout_BSHD, dlse_BHS, q_BSHD, k_BTKD, v_BTKD, out_BSHD, lse_BHS, visible, scale)
     tensors = [_heads_first(x, num_heads) for x in (dout_BSHD, q_BSHD, k_BTKD, v_BTKD, out_BSHD)]
@@ -91,14 +91,14 @@ def _forward_on_cpu(
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-def _flash_attention_takes(q_BSHD: Tensor) -> bool:
-    """FlashAttention 2's limits on dtype, head dim and GPU."""
+def flash_attention_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """FlashAttention 2's limits on dtype, head dim and the current GPU."""
     return (
-        q_BSHD.is_cuda
-        and q_BSHD.dtype in _FLASH_DTYPES
-        and q_BSHD.shape[3] in _FLASH_HEAD_DIMS
+        dtype in _FLASH_DTYPES
+        and head_dim in _FLASH_HEAD_DIMS
+        and torch.cuda.is_available()
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(q_BSHD.device) >= (8, 0)
+        and torch.cuda.get_device_capability() >= (8, 0)
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_layout import BlockLayout
 from sparsetrain_kernels.block_layout.visibility import Visibility
-from sparsetrain_kernels.block_sparse_attention.dense import hides_nothing
+from sparsetrain_kernels.block_sparse_attention.dense import flash_attention_takes, hides_nothing
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
 
 NAMES = ("reference", DENSE, "cpu", "triton")
@@ -101,10 +101,13 @@ def problem_of(
 
 
 def _unmeasured(problem: Problem, candidates: Sequence[str]) -> tuple[str, str]:
-    """What runs where nothing was measured near: blocks, as a dense mask has S·T entries, unless nothing is hidden."""
+    """What runs where nothing was measured near: blocks, as a dense mask has S·T entries, unless dense needs none."""
     words = problem.variant.split(", ")
-    if not candidates or ("whole" in words and "log-sum-exp" not in words):
-        return DENSE, "the layout hides nothing that torch's own operator would not" if candidates else ""
+    if not candidates:
+        return DENSE, ""
+    has_operator = problem.device == "cpu" or flash_attention_takes(problem.dtype, problem.sizes[3])
+    if has_operator and "whole" in words and "log-sum-exp" not in words:
+        return DENSE, "the layout hides nothing that torch's own operator would not"
     return candidates[0], "dense would make a mask of all tokens by all tokens"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_layout import BlockLayout
 from sparsetrain_kernels.block_layout.visibility import Visibility
-from sparsetrain_kernels.block_sparse_attention.checks import check_documents, check_layout, check_tensors
+from sparsetrain_kernels.block_sparse_attention.checks import check_documents, check_layout, check_scale, check_tensors
 from sparsetrain_kernels.block_sparse_attention.implementations import BACKWARD, FORWARD, check_name, problem_of
 
 
@@ -77,12 +77,14 @@ def block_sparse_attention(
         [B, H, S] in float32 (float64 for float64). A query that sees no key gets 0, and −∞.
 
     Raises:
-        ValueError: Shapes, dtypes, devices, layout or documents do not match, or the implementation cannot do it.
+        ValueError: Shapes, dtypes, devices, layout, documents or scale do not fit, or the implementation cannot do it.
     """
     check_tensors(q, k, v)
     check_layout(layout, q, k)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, layout, q, k)
+    if scale is not None and not torch.compiler.is_compiling():
+        check_scale(scale)
     if implementation is not None:
         check_name(implementation, q, layout.block)
     visible = layout.visibility(q.shape[0], q.shape[1], k.shape[1], causal=causal, cu_seqlens=cu_seqlens)

@@ -14,6 +14,7 @@ from sparsetrain_kernels.block_sparse_attention.triton_kernels import (
     dq_kernel,
     forward_kernel,
 )
+from sparsetrain_kernels.current_device import on_its_device
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MIN_TILE, _MAX_HEAD_DIM = 16, 256
@@ -33,6 +34,7 @@ def unsupported(q_BSHD: Tensor, block: int) -> str | None:
     return None
 
 
+@on_its_device
 def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility, scale: float) -> tuple[Tensor, Tensor]:
     """See `implementations.Forward`."""
     q, k, v = (_dense_rows(x) for x in (q_BSHD, k_BTKD, v_BTKD))
@@ -40,7 +42,7 @@ def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility,
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
     tile, launch = _tiles(q, visible.block, backward=False)
-    forward_kernel[(triton.cdiv(num_queries, tile), batch * num_heads)](
+    forward_kernel[(triton.cdiv(num_queries, tile) * batch * num_heads,)](
         q,
         k,
         v,
@@ -65,6 +67,7 @@ def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility,
     return out, lse
 
 
+@on_its_device
 def backward(
     dout_BSHD: Tensor,
     dlse_BHS: Tensor | None,
@@ -83,7 +86,7 @@ def backward(
     constants = _constants(q, visible)
     tile, launch = _tiles(q, visible.block, backward=True)
     delta = torch.empty_like(lse_BHS)
-    delta_kernel[(triton.cdiv(num_queries, tile), batch * num_heads)](
+    delta_kernel[(triton.cdiv(num_queries, tile) * batch * num_heads,)](
         out_BSHD.contiguous(),
         dout,
         lse_BHS if dlse_BHS is None else dlse_BHS.contiguous(),  # not read where there is none
@@ -100,7 +103,7 @@ def backward(
     inputs = q, k, v, dout, lse_BHS.contiguous(), delta
     strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
     group = num_heads // num_kv_heads
-    dq_kernel[(triton.cdiv(num_queries, tile), batch * num_heads)](
+    dq_kernel[(triton.cdiv(num_queries, tile) * batch * num_heads,)](
         *inputs,
         dq,
         visible.key_blocks,
@@ -117,7 +120,7 @@ def backward(
         **constants,
         **launch,
     )
-    dk_dv_kernel[(triton.cdiv(num_keys, tile), batch * num_kv_heads)](
+    dk_dv_kernel[(triton.cdiv(num_keys, tile) * batch * num_kv_heads,)](
         *inputs,
         dk,
         dv,

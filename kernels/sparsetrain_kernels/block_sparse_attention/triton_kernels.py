@@ -16,6 +16,15 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _place(num_tokens, num_heads, TILE: tl.constexpr):
+    """Tile, sample and head of this program, all in the grid's first dimension: in others it takes 65535 at most."""
+    num_tiles = tl.cdiv(num_tokens, TILE)
+    sample_and_head = tl.program_id(0) // num_tiles
+    sample, head = sample_and_head // num_heads, sample_and_head % num_heads
+    return tl.program_id(0) % num_tiles, sample.to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
 def _load_tile(ptr, token_ids, stride_t, num_tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr):
     """Rows [tokens, D] of one head; zeros past the last token and past the head dim."""
     dim = tl.arange(0, D)
@@ -132,9 +141,7 @@ def forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """Output [B, S, H, D] and log-sum-exp [B, H, S], both contiguous; a program has M queries of a head."""
-    tile = tl.program_id(0)
-    sample = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    tile, sample, head = _place(num_queries, num_heads, M)
     query = tile * M + tl.arange(0, M)
     q = _load_tile(q_ptr + sample * stride_qb + head * stride_qh, query, stride_qt, num_queries, HEAD_DIM, D, UPCAST)
     key_first, key_end = _bounds(
@@ -183,9 +190,8 @@ def delta_kernel(
     HAS_DLSE: tl.constexpr,
 ):
     """Σ out · dout − dlse of each query, [B, H, S]; the strides are those of dout, all else is contiguous."""
-    sample = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
-    query = tl.program_id(0) * M + tl.arange(0, M)
+    tile, sample, head = _place(num_queries, num_heads, M)
+    query = tile * M + tl.arange(0, M)
     out_ptr += (sample * num_queries * num_heads + head) * HEAD_DIM
     out = _load_tile(out_ptr, query, num_heads * HEAD_DIM, num_queries, HEAD_DIM, D, True)
     dout_ptr += sample * stride_ob + head * stride_oh
@@ -285,9 +291,7 @@ def dq_kernel(
     UPCAST: tl.constexpr,
 ):
     """Gradient of the queries, [B, S, H, D] contiguous; a program has M queries of a head and walks their row."""
-    tile = tl.program_id(0)
-    sample = (tl.program_id(1) // num_heads).to(tl.int64)
-    head = (tl.program_id(1) % num_heads).to(tl.int64)
+    tile, sample, head = _place(num_queries, num_heads, M)
     query = tile * M + tl.arange(0, M)
     q = _load_tile(q_ptr + sample * stride_qb + head * stride_qh, query, stride_qt, num_queries, HEAD_DIM, D, UPCAST)
     dout_ptr += sample * stride_ob + head * stride_oh
@@ -420,9 +424,7 @@ def dk_dv_kernel(
 
     It walks their column for each of the `group` query heads that read them.
     """
-    tile = tl.program_id(0)
-    sample = (tl.program_id(1) // num_kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % num_kv_heads).to(tl.int64)
+    tile, sample, kv_head = _place(num_keys, num_kv_heads, N)
     key = tile * N + tl.arange(0, N)
     k = _load_tile(k_ptr + sample * stride_kb + kv_head * stride_kh, key, stride_kt, num_keys, HEAD_DIM, D, UPCAST)
     v = _load_tile(v_ptr + sample * stride_vb + kv_head * stride_vh, key, stride_vt, num_keys, HEAD_DIM, D, UPCAST)

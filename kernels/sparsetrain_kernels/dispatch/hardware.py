@@ -14,8 +14,13 @@ def hardware_name(device_type: str) -> str:
 
     Args:
         device_type: "cpu" or "cuda".
+
+    Raises:
+        ValueError: A GPU's name is wanted where torch sees none.
     """
     if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda': torch sees no CUDA device here; ask where there is one, or for the CPU")
         words = [torch.cuda.get_device_name()]
     else:
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
