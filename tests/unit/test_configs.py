@@ -65,7 +65,7 @@ def test_a_rule_for_experts_owns_all_their_weights_and_no_router() -> None:
 
 
 def test_mixtral_has_its_published_size_and_fits_the_gpus_that_it_names() -> None:
-    config = by_name("mixtral_8x7b_fssdp.yaml")
+    config = by_name("moe_fssdp_8x7b.yaml")
     model = build(config)
     counts = parameter_counts(model)
     assert counts.total / 1e9 == pytest.approx(46.7, abs=0.05)

@@ -108,7 +108,7 @@ def test_every_config_of_the_project_loads_and_survives_a_round_trip(path: Path,
 
 
 def test_the_project_has_configs() -> None:
-    mixtures = {"moe_ep_tiny.yaml", "moe_fssdp_tiny.yaml", "mixtral_8x7b_fssdp.yaml"}
+    mixtures = {"moe_ep_tiny.yaml", "moe_fssdp_tiny.yaml", "moe_fssdp_8x7b.yaml"}
     assert {"demo.yaml", "quick.yaml", *mixtures} <= {path.name for path in CONFIGS}
 
 
