@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Conca
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: P.args, **named: P.kwargs) -> R:
-        with torch.cuda.device_of(first):
+        with torch.cuda.device(first.device if first.is_cuda else -1):
             return launch(first, *arguments, **named)
 
-    return launched
+    return cast(
+        Callable[Concatenate[Tensor, P], R], launched
+    )  # mypy takes the name of the first argument for its type's

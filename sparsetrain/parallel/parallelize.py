@@ -64,6 +64,10 @@ def parallelize(
     if shard not in ("ddp", "full", None):
         raise ShardingError(f"shard={shard!r}: expected ddp, full or None")
     mesh = mesh or init_device_mesh(_device_of(model).type, (dist.get_world_size(),))
+    if shard == "ddp" and mesh.size() < dist.get_world_size():  # before anything is replaced
+        raise ShardingError("a mesh of some of the ranks: pass shard=None and wrap the model yourself")
+    if shard == "full" and mesh.ndim > 1 and not mesh.mesh_dim_names:
+        raise ShardingError('shard="full" needs names on a mesh: mesh_dim_names=("replicate", "experts")')
     if experts is not None:
         parallelize_experts(model, ExpertGroups.of_mesh(mesh), experts, options or FssdpConfig())
     if shard == "full":
@@ -74,8 +78,6 @@ def parallelize(
         return model
     if shard == "ddp" and mesh.size() > 1:
         ignore_stores(model)
-        if mesh.size() < dist.get_world_size():
-            raise ShardingError("a mesh of some of the ranks: pass shard=None and wrap the model yourself")
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 

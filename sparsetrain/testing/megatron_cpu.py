@@ -58,9 +58,11 @@ def megatron_on_cpu() -> Iterator[None]:
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         from megatron.core.tensor_parallel import random
+        from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication as Linear
 
         # It would put off setting a state until CUDA is initialised, which is never.
         stack.enter_context(mock.patch.object(random, "_lazy_call", lambda call: call()))
+        stack.enter_context(mock.patch.object(Linear, "backward", staticmethod(_autocast_as_before(Linear.backward))))
         yield
 
 
@@ -96,3 +98,13 @@ def _on_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return make(*args, **kwargs)
 
     return factory
+
+
+def _autocast_as_before(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that multiplies as the forward pass did: Megatron asks that of CUDA's autocast only."""
+
+    def run(ctx: Any, gradient: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=gradient.dtype == torch.bfloat16):
+            return backward(ctx, gradient)
+
+    return run

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import init_device_mesh
+from torch.distributed import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.errors import PlacementError, ShardingError
-from sparsetrain.moe import Experts, MoELayer, auxiliary_loss
+from sparsetrain.moe import Experts, MoELayer, auxiliary_loss, moe_layers
 from sparsetrain.moe.placement import Placement
 from sparsetrain.parallel import MoEController, parallelize
 from sparsetrain.parallel.fssdp.controller import runtimes_of
@@ -222,6 +222,15 @@ def check_bad_input() -> None:
         parallelize(model, experts="fssdp")
     with pytest.raises(ShardingError, match="3 dimensions"):
         parallelize(Model(), init_device_mesh("cpu", (1, 1, 2)), experts="ep")
+    with pytest.raises(ShardingError, match="mesh_dim_names"):
+        parallelize(Model(), init_device_mesh("cpu", (1, 2)), experts="ep", shard="full")
+    model, first_rank = Model(), DeviceMesh("cpu", [0], mesh_dim_names=("experts",))
+    with pytest.raises(ShardingError, match="a mesh of some of the ranks"):
+        parallelize(model, first_rank, experts="ep")
+    if dist.get_rank() == 1:
+        with pytest.raises(ShardingError, match=r"rank 1 is none of the mesh's ranks \[0\]"):
+            parallelize(model, first_rank, experts="ep", shard=None)
+    assert all(isinstance(layer.experts, Experts) for _, layer in moe_layers(model))
 
 
 def check_that_differing_plans_stop_all_ranks() -> None:

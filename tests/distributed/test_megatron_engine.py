@@ -32,7 +32,8 @@ def assert_alike(found: dict[str, dict[str, Curve]], world_size: int) -> None:
         for name, curve in curves.items():
             difference = Difference.between(curve, reference)
             assert difference.loss <= 1e-5, (kind, name)
-            assert difference.grad_norm <= 1e-4, (kind, name)
+            assert curve.grad_norm[0] == pytest.approx(reference.grad_norm[0], rel=1e-6), (kind, name)
+            assert difference.grad_norm <= 1e-3, (kind, name)  # Adam makes rounding grow from step to step
             assert difference.same_masks, (kind, name)
 
 

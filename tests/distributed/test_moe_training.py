@@ -54,6 +54,7 @@ def layout(folder: Path, name: str, **changes: Any) -> RunConfig:
         "train__phases": [finetune],
         "output": str(folder / name),
         "checkpoint__keep": 20,
+        "train__sample_tokens": 2,  # writing text takes longer than the training before it
         **LAYOUTS[name],
         **changes,
     }

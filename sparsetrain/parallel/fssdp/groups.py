@@ -72,12 +72,17 @@ class ExpertGroups:
             devices_per_node: Ranks of an expert group that stand in one node; default: what their hosts' names say.
 
         Raises:
-            ShardingError: The mesh has other dimensions, or the ranks of a host do not follow one another.
+            ShardingError: The mesh has other dimensions, or not this rank; or a host's ranks do not follow one another.
         """
         if mesh.ndim not in (1, 2):
             raise ShardingError(
                 f"a mesh of {mesh.ndim} dimensions, {mesh.mesh_dim_names or tuple(mesh.shape)}, does not say which "
                 "ranks share the experts: pass one of one dimension, or of two, [replicate, experts]"
+            )
+        if mesh.get_coordinate() is None:
+            raise ShardingError(
+                f"rank {dist.get_rank()} is none of the mesh's ranks {mesh.mesh.flatten().tolist()}: call this on "
+                "those ranks alone, or pass a mesh of all"
             )
         rows = mesh.mesh.view(-1, mesh.size(mesh.ndim - 1)).tolist()
         return cls.of_rows(rows, timeout=timeout, devices_per_node=devices_per_node)
