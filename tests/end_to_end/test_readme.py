@@ -52,6 +52,19 @@ def test_its_yaml_is_a_run(tmp_path: Path, number: int) -> None:
     check_world(load_config(path), 4)
 
 
+@pytest.mark.parametrize("line", [0, 1], ids=["deepspeed", "megatron"])
+def test_its_engines_take_the_run_of_experts(tmp_path: Path, line: int) -> None:
+    _, experts, engines = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    rest = "data: {seq_len: 64}\ntrain: {tokens: 4Ki, batch_tokens: 1Ki}\ncluster: {workers: 4}\nname: run\n"
+    model = experts[: experts.index("parallel:")].replace(
+        "model:\n", "model:\n  dim: 8\n  num_layers: 2\n  num_heads: 2\n"
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(model + engines.splitlines(keepends=True)[line] + rest)
+
+    check_world(load_config(path), 4)
+
+
 def test_every_file_and_folder_that_it_names_is_there() -> None:
     named = re.findall(r"`((?:sparsetrain|kernels|launch|configs)/[\w./]*)`", README)
     named += re.findall(r"(?:--runtime-env|sparsetrain train|submit) ((?:launch|configs)/[\w./]+)", README)
