@@ -19,7 +19,7 @@ def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Conca
 
     @wraps(launch)
     def launched(first: Tensor, *arguments: P.args, **named: P.kwargs) -> R:
-        with torch.cuda.device(first.device if first.is_cuda else -1):
+        with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
             return launch(first, *arguments, **named)
 
     return cast(
