@@ -1,6 +1,6 @@
 """Do all engines and layouts train alike? The same model on the same batches, and what differs after 20 steps.
 
-    python -m sparsetrain.testing.parity          # prints the table, on 2 and 4 gloo processes
+    python -m sparsetrain.testing.parity          # prints the tables, on 2 and 4 gloo processes
 
 The first layout is the reference. Losses and gradient norms are compared step by step, in fp32; masks by a number that
 depends on every entry of every mask, also step by step, so masks that are equal everywhere are bitwise equal.
@@ -243,18 +243,18 @@ def megatron_layouts(kind: str, world_size: int) -> dict[str, dict[str, Any]]:
 
 
 def main(world_sizes: Sequence[int] = (2, 4)) -> None:
-    """Print the table."""
-    table = Table(title=f"largest difference from {next(iter(LAYOUTS))} over {STEPS} steps, fp32")
-    for column in ("model", "ranks", "engine and layout", "loss", "gradient norm, relative", "masks"):
-        table.add_column(column)
+    """Print a table for each kind of model and number of ranks, as soon as it is there."""
+    console = Console(width=100)
     for kind in KINDS:
         for world_size in world_sizes:
+            table = Table(title=f"{kind}, {world_size} ranks: largest difference over {STEPS} steps, fp32")
+            for column in ("engine and layout", "loss", "gradient norm, relative", "masks"):
+                table.add_column(column)
             layouts = available_layouts(kind) | megatron_layouts(kind, world_size)
             for name, found in compare(kind, world_size, layouts).items():
                 same = "bitwise equal" if found.same_masks else "DIFFERENT"
-                cells = (f"{found.loss:.1e}", f"{found.grad_norm:.1e}", "-" if kind == "dense" else same)
-                table.add_row(kind, str(world_size), name, *cells)
-    Console(width=110).print(table)
+                table.add_row(name, f"{found.loss:.1e}", f"{found.grad_norm:.1e}", "-" if kind == "dense" else same)
+            console.print(table)
 
 
 if __name__ == "__main__":
