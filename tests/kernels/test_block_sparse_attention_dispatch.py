@@ -21,18 +21,20 @@ def no_table() -> Iterator[None]:
     dispatch.use_table("cpu", None)
 
 
-def chosen(operation: Operation, variant: str, density: float) -> dispatch.Choice:
-    return operation.choose("cpu", torch.float32, variant, SIZES, density)
-
-
 @pytest.mark.parametrize("operation", [FORWARD, BACKWARD], ids=["forward", "backward"])
-def test_without_a_table_blocks_are_computed_unless_nothing_is_hidden(operation: Operation) -> None:
-    choice = chosen(operation, "block 64, causal", 0.5)
+def test_without_a_table_blocks_are_computed_unless_few_are_hidden(operation: Operation) -> None:
+    def chosen(variant: str, density: float, tokens: int = 2048) -> dispatch.Choice:
+        return operation.choose("cpu", torch.float32, variant, (8, tokens, tokens, 64), density)
+
+    choice = chosen("block 64, causal", 0.5)
     assert choice.implementation == "cpu"
     assert "nothing was measured near" in str(choice)
     assert "a mask of all tokens by all tokens" in str(choice)
-    assert chosen(operation, "block 64, causal, whole", 1.0).implementation == DENSE
-    assert chosen(operation, "block 64, causal, whole, log-sum-exp", 1.0).implementation == "cpu"
+    assert chosen("block 64, causal, whole", 1.0).implementation == DENSE
+    assert chosen("block 64, causal, whole, log-sum-exp", 0.5).implementation == "cpu"
+    assert "most blocks are seen" in str(chosen("block 64, causal", 0.6))
+    assert chosen("block 64, causal", 0.6, tokens=8192).implementation == "cpu"
+    assert "the sequences are short" in str(chosen("block 64, causal", 0.1, tokens=512))
 
 
 def test_each_pass_has_a_choice_of_its_own_by_measured_times() -> None:

@@ -23,9 +23,12 @@ NAMES = ("reference", DENSE, "cpu", "triton")
 _LARGEST_BLOCK = 64
 """That times are told apart by: larger ones are computed as fast or faster."""
 _TRITON_MIN_BLOCK, _TRITON_MAX_HEAD_DIM = 16, 256
-_NEAR = (4.0, 0.5, 0.5, 1.0)
+_NEAR = (2.0, 0.5, 0.5, 1.0)
 """How far a problem may be from a measured one, log2 of the factor in B·H, S, T and D: times grow evenly with heads,
-but which implementation is faster changes with the length of the sequence."""
+but not down to a single one, and which implementation is faster changes with the length of the sequence."""
+_FEW_SCORES, _MANY_SCORES = 512**2, 4096**2
+"""S·T of a head: up to the first a CPU is done with a dense mask before it has gathered blocks; beyond the second the
+mask takes too much memory, however many of its entries are seen."""
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 _LENGTHS = {"cpu": (128, 256, 512, 1024), "cuda": (1024, 2048)}
 _HEADS = {"cpu": 8, "cuda": 32}
@@ -108,6 +111,11 @@ def _unmeasured(problem: Problem, candidates: Sequence[str]) -> tuple[str, str]:
     has_operator = problem.device == "cpu" or flash_attention_takes(problem.dtype, problem.sizes[3])
     if has_operator and "whole" in words and "log-sum-exp" not in words:
         return DENSE, "the layout hides nothing that torch's own operator would not"
+    scores = problem.sizes[1] * problem.sizes[2]
+    if problem.device == "cpu" and scores <= _FEW_SCORES:
+        return DENSE, "the sequences are short"
+    if problem.device == "cpu" and problem.density > 0.5 and scores <= _MANY_SCORES:
+        return DENSE, "most blocks are seen"
     return candidates[0], "dense would make a mask of all tokens by all tokens"
 
 
