@@ -20,7 +20,8 @@ from sparsetrain.cluster.resources import Request
 from sparsetrain.cluster.session import ray_session, resolve_address
 from sparsetrain.errors import ClusterError
 
-_ANSWER_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 60.0
+"""A node answers within seconds; one whose CPUs are all busy first has to start Python and import torch."""
 _CLOCK_SAMPLES = 5
 _LARGEST_CLOCK_SKEW_S = 1.0
 """More, and the times in logs and checkpoints of different nodes cannot be put in order."""

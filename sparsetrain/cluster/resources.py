@@ -1,5 +1,6 @@
 """Is there room for the workers? Asked before anything starts, answered in seconds."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -7,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.exceptions import GetTimeoutError
 
 from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
 
 _POLL_EVERY_S = 1.0
+_COUNT_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,18 @@ def wait_for_cluster(request: Request, *, timeout_s: float, notify: Callable[[st
             notify(f"the cluster has room for {free} of {request.workers} workers; waiting up to {timeout_s:g} s")
             waiting = True
         time.sleep(min(_POLL_EVERY_S, max(0.0, deadline - time.monotonic())))
+
+
+def count_nodes_anew() -> None:
+    """Let Ray Train see the nodes that the cluster has now.
+
+    Its elastic runs begin with as many workers as fit on the nodes that an actor of Ray's counted last. That actor
+    outlives runs and counts every 20 s: without this, a run would begin without nodes that have just joined.
+    """
+    name = "AutoscalingCoordinator"
+    with contextlib.suppress(ValueError, GetTimeoutError):  # there is none yet, and one that starts counts at once
+        coordinator = ray.get_actor(name, namespace=name)
+        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=_COUNT_TIMEOUT_S)
 
 
 def _may_grow() -> bool:

@@ -30,7 +30,7 @@ from sparsetrain.cluster.head import LOCAL, check_head
 from sparsetrain.cluster.packages import find_packages
 from sparsetrain.cluster.paths import absolute_paths, in_ray_job, job_output_root
 from sparsetrain.cluster.rendezvous import Rendezvous
-from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
+from sparsetrain.cluster.resources import Request, check_machine, count_nodes_anew, wait_for_cluster
 from sparsetrain.cluster.session import environment, ray_session, resolve_address
 from sparsetrain.cluster.worker import WorkerTask, run_worker
 from sparsetrain.config import RunConfig
@@ -106,12 +106,14 @@ def run_on_ray(
         if address != LOCAL:
             timeout_s = config.cluster.start_timeout_s
             wait_for_cluster(request.least, timeout_s=timeout_s, notify=lambda message: report(Notice(message)))
+        is_elastic = request.min_workers is not None and address != LOCAL
+        if is_elastic:
+            count_nodes_anew()
         if on_existing == "overwrite":  # the old run is deleted only now that everything else is there
             folder = stack.enter_context(RunFolder.open(config, on_existing, None))
         for notice in folder.notices:
             report(Notice(notice))
         marker = stack.enter_context(_marker(folder.logs))
-        is_elastic = request.min_workers is not None and address != LOCAL
         return _Run(config, folder, request, report, is_elastic).train(marker, profile)
 
 
