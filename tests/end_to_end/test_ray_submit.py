@@ -151,7 +151,7 @@ class Jobs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def jobs(job_server: str, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """Submitted together, because they mostly wait; the checkup after them: it finds fault with nodes too busy to answer."""
+    """Submitted together, because they mostly wait; the checkup alone: it finds fault with nodes too busy to answer."""
     folder = tmp_path_factory.mktemp("runs")
     submit = ("sparsetrain", "submit", "configs/quick.yaml", "--address", job_server)
     by_ray = ("ray", "job", "submit", "--address", job_server, "--runtime-env", "launch/runtime_env.yaml", "--")
