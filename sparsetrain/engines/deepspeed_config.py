@@ -1,14 +1,21 @@
 """DeepSpeed's own config, generated from ours; and what can be found wrong without importing DeepSpeed."""
 
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from typing import Any
 
 from sparsetrain.config import RunConfig
+from sparsetrain.engines.library import EngineLibrary
 from sparsetrain.errors import ConfigError
 
-TESTED_VERSIONS = ((0, 19), (0, 20))
-"""At least the first, below the second: the partitions are read from attributes that may change with any other."""
+_DEEPSPEED = EngineLibrary(
+    engine="deepspeed",
+    name="DeepSpeed",
+    package="deepspeed",
+    installation="DS_BUILD_OPS=0 pip install 'sparsetrain[deepspeed]'",
+    # The partitions are read from attributes that may change with any other release.
+    lowest=(0, 19),
+    beyond=(0, 20),
+)
 
 _OURS = {
     "train_batch_size": "train.batch_tokens",
@@ -48,7 +55,6 @@ _CANNOT = {
     "sparse_attention": "DeepSpeed has removed it; set model.attention",
 }
 """Keys of DeepSpeed's that break what the engine promises, and why."""
-
 
 _OFFLOAD = "zero_optimization.offload_optimizer"
 
@@ -93,25 +99,7 @@ def require_deepspeed(config: RunConfig) -> None:
     if config.parallel.engine != "deepspeed":
         return
     deepspeed_config(config)
-    try:
-        version = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            "parallel.engine = deepspeed: DeepSpeed is not installed. DS_BUILD_OPS=0 pip install "
-            "'sparsetrain[deepspeed]', or set parallel.engine=torch"
-        ) from None
-    lowest, beyond = TESTED_VERSIONS
-    if not lowest <= _numbers(version) < beyond:
-        shown = [".".join(map(str, bound)) for bound in TESTED_VERSIONS]
-        raise ConfigError(
-            f"parallel.engine = deepspeed: version {version} of DeepSpeed is installed, and {shown[0]} up to, not "
-            f"including, {shown[1]} are tested. pip install 'deepspeed>={shown[0]},<{shown[1]}', or set "
-            "parallel.engine=torch"
-        )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    _DEEPSPEED.require()
 
 
 def _refuse(key: str, value: Any) -> None:

@@ -1,15 +1,21 @@
-"""Whether Megatron-Core can run here, and its process groups; importing this file does not import Megatron."""
+"""Whether Megatron-Core can run here; importing this file does not import Megatron."""
 
 import warnings
-from importlib import metadata
 
 import torch
 
 from sparsetrain.config import RunConfig
+from sparsetrain.engines.library import EngineLibrary
 from sparsetrain.errors import ConfigError
 
-TESTED_VERSIONS = (0, 16), (0, 17)
-"""Lowest version of Megatron-Core, and the first one beyond those that are tested."""
+_MEGATRON = EngineLibrary(
+    engine="megatron",
+    name="Megatron-Core",
+    package="megatron-core",
+    installation="pip install 'sparsetrain[megatron]'",
+    lowest=(0, 16),
+    beyond=(0, 17),
+)
 
 
 def require_megatron(config: RunConfig) -> None:
@@ -20,35 +26,17 @@ def require_megatron(config: RunConfig) -> None:
     """
     if config.parallel.engine != "megatron":
         return
-    where = "parallel.engine = megatron"
-    try:
-        version = metadata.version("megatron-core")
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"{where}: Megatron-Core is not installed. pip install 'sparsetrain[megatron]', or set "
-            "parallel.engine=torch"
-        ) from None
-    lowest, beyond = TESTED_VERSIONS
-    if not lowest <= _numbers(version) < beyond:
-        shown = [".".join(map(str, bound)) for bound in TESTED_VERSIONS]
-        raise ConfigError(
-            f"{where}: version {version} of Megatron-Core is installed, and {shown[0]} up to, not including, "
-            f"{shown[1]} are tested. pip install 'megatron-core>={shown[0]},<{shown[1]}', or set parallel.engine=torch"
-        )
+    _MEGATRON.require()
     if config.cluster.gpus_per_worker == 0 and _device_of_megatron() != "cpu":
         raise ConfigError(
-            f"{where}: Megatron-Core needs a GPU for each worker, and cluster.gpus_per_worker = 0. Set it to 1; "
-            "on the CPU train with parallel.engine=torch or deepspeed"
+            "parallel.engine = megatron: Megatron-Core needs a GPU for each worker, and cluster.gpus_per_worker = 0. Set "
+            "it to 1; on the CPU train with parallel.engine=torch or deepspeed"
         )
 
 
 def keep_megatron_quiet() -> None:
     """Let it not say, on every rank, that it goes without Transformer Engine and apex; `doctor` reports them."""
     warnings.filterwarnings("ignore", module=r"megatron\.", category=UserWarning)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def _device_of_megatron() -> str | None:
