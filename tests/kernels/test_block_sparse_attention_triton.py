@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +11,6 @@ import torch
 from sparsetrain_kernels import BlockLayout, block_sparse_attention
 from sparsetrain_kernels.block_layout import Dense, Local, Random, Sink, Strided
 from sparsetrain_kernels.block_sparse_attention.implementations import FORWARD
-from sparsetrain_kernels.current_device import on_its_device
-from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.testing import assert_close, requires_gpu
@@ -85,22 +81,6 @@ def test_what_the_kernels_cannot_do_is_said(call: Call, dtype: torch.dtype, mess
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match=message):
         computed(call, call.layout(), call.tensors(dtype), "triton", device)
-
-
-def test_kernels_are_launched_on_the_device_of_their_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current GPU, wherever the tensors lie."""
-    entered: list[Tensor] = []
-
-    @contextmanager
-    def device_of(x: Tensor) -> Iterator[None]:
-        entered.append(x)
-        yield
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    launched: list[Tensor] = []
-    x = torch.ones(1)
-    assert on_its_device(lambda q, scale: launched.extend(entered) or scale)(x, scale=2.0) == 2.0
-    assert launched == [x]
 
 
 COMPILE = """

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsetrain_kernels.block_sparse_linear.layout import Grid, unpack_index
+from sparsetrain_kernels.current_device import on_its_device
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_TILE = 64
@@ -33,6 +34,7 @@ def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zer
     return _gather_products(dy_TN, weight, None, dx_TK, lists.column_starts, lists.rows, lists.order, grid)
 
 
+@on_its_device
 def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool) -> Tensor:
     """The living blocks of dyᵀ x, packed or in a dense tensor of zeros."""
     lists = unpack_index(index, grid)
@@ -62,6 +64,7 @@ def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, pack
     return gradient
 
 
+@on_its_device
 def _gather_products(
     a: Tensor,
     weight: Tensor,

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.expert_ffn import triton_kernels as kernels
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,6 +25,7 @@ class Stacks(NamedTuple):
     b_out_ED: Tensor | None
 
 
+@on_its_device
 def forward(
     x: Tensor, token_R: Tensor | None, ends_E: Tensor, num_rows: int, stacks: Stacks, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,7 @@ def forward(
     return grouped_product(a_RF, stacks.w_out_EDF.mT, ends_E, stacks.b_out_ED), h_RH
 
 
+@on_its_device
 def backward(
     dy_RD: Tensor,
     x: Tensor,
@@ -115,6 +118,7 @@ def backward(
     return dx_RD, Stacks(dw_in, dw_out, db_in, db_out)
 
 
+@on_its_device
 def grouped_product(a_RK: Tensor, w_EKN: Tensor, ends_E: Tensor, bias_EN: Tensor | None) -> Tensor:
     """a w[e] + bias[e] for the rows of each expert; weights of any strides. [R, N] in the dtype of a."""
     (num_rows, size), num_outputs = a_RK.shape, w_EKN.shape[2]
@@ -138,6 +142,7 @@ def grouped_product(a_RK: Tensor, w_EKN: Tensor, ends_E: Tensor, bias_EN: Tensor
     return out_RN
 
 
+@on_its_device
 def grouped_outer_product(
     left_RN: Tensor, right: Tensor, token_R: Tensor | None, ends_E: Tensor, dtype: torch.dtype, *, sums: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.nm_linear.dense import compress, expand
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 
@@ -18,6 +19,7 @@ _TILE_T = 64
 _TILE_P = 32
 
 
+@on_its_device
 def output(
     x_TK: Tensor,
     weight: Tensor,
@@ -48,6 +50,7 @@ def output(
     return y_TN
 
 
+@on_its_device
 def input_gradient(
     dy_TN: Tensor,
     weight: Tensor,
@@ -80,6 +83,7 @@ def input_gradient(
     return total_TK.to(dy_TN.dtype)
 
 
+@on_its_device
 def weight_gradient(
     dy_TN: Tensor,
     x_TK: Tensor,
@@ -109,6 +113,7 @@ def weight_gradient(
     return values_NP if compressed else expand(values_NP, columns_GP, x_TK.shape[1], pattern.vector)
 
 
+@on_its_device
 def output_of_few(
     x_TK: Tensor,
     weight: Tensor,
@@ -137,6 +142,7 @@ def output_of_few(
     return y_TN
 
 
+@on_its_device
 def sparsify_2_4(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `sparsify.sparsify_2_4`: the weight is read once, mask, values and offsets are written once."""
     num_outputs, num_inputs = weight_NK.shape

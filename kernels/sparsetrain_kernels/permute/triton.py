@@ -7,10 +7,12 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.permute import triton_kernels as kernels
 from sparsetrain_kernels.permute.order import rows_by_token
 
 
+@on_its_device
 def gather(x_TD: Tensor, token_R: Tensor) -> Tensor:
     """Row r is x[token_R[r]]."""
     out_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
@@ -21,6 +23,7 @@ def gather(x_TD: Tensor, token_R: Tensor) -> Tensor:
     return out_RD
 
 
+@on_its_device
 def combine(y_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, num_tokens: int) -> Tensor:
     """A token's rows, multiplied by their weights and added up in float32; [T, D] in the dtype of y."""
     row_R, first_T = rows_by_token(token_R, num_tokens)
@@ -32,6 +35,7 @@ def combine(y_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, num_tokens: 
     return out_TD
 
 
+@on_its_device
 def combine_backward(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `combine` by rows, in their dtype, and by weights, in theirs."""
     dy_RD, dweight_R = torch.empty_like(y_RD), torch.empty_like(weight_R)
@@ -42,6 +46,7 @@ def combine_backward(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Ten
     return dy_RD, dweight_R
 
 
+@on_its_device
 def rows_of_assignments(expert_A: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where each assignment goes when they are ordered by expert, and then as they are.
 

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsetrain_kernels.current_device import on_its_device
 
+
+@on_its_device
 def choose(logits_TE: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
     """Weights [T, K] and experts, int64 [T, K], by falling score; of equal scores the first."""
     num_tokens, num_experts = logits_TE.shape
@@ -30,6 +33,7 @@ def choose(logits_TE: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Te
     return weight_TK, expert_TK
 
 
+@on_its_device
 def choose_backward(dweight_TK: Tensor, logits_TE: Tensor, expert_TK: Tensor, renormalise: bool) -> Tensor:
     """The gradient by logits."""
     dlogits_TE = torch.empty_like(logits_TE)
