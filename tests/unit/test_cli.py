@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sparsetrain
-from sparsetrain import cli
+from sparsetrain.cli import app, main
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.errors import DataError, RunFolderError
 from sparsetrain.training.events import Notice, RunStarted
@@ -67,7 +67,7 @@ def training(stand_in: Callable[..., Any]) -> dict[str, Any]:
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(app, list(arguments))
 
 
 def test_train_goes_through_ray_by_default(config: str, training: dict[str, Any]) -> None:
@@ -272,7 +272,7 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(
     monkeypatch.setattr(sys, "argv", ["sparsetrain", "train", config])
 
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
 
     printed = capsys.readouterr().err
     assert ended.value.code == 1
