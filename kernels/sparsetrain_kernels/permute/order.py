@@ -1,4 +1,4 @@
-"""Index arithmetic of rows: sorted by expert, and sorted by token.
+"""Rows in the order of their experts.
 
 Shapes: T tokens, K top-k, E experts, R rows: a row is one assignment of a token to an expert.
 """
@@ -45,15 +45,3 @@ def _sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 def _(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     row_of_TK = expert_TK.new_empty(expert_TK.shape, dtype=torch.int64)
     return row_of_TK.new_empty(expert_TK.numel()), row_of_TK, row_of_TK.new_empty(num_experts)
-
-
-def rows_by_token(token_R: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The rows of each token, one token after the other.
-
-    Returns:
-        row_R: int64, rows sorted by token; those of one token in ascending order.
-        first_T: int64 [T + 1], where in `row_R` a token's rows begin; its last entry is R.
-    """
-    first_T = torch.zeros(num_tokens + 1, dtype=torch.int64, device=token_R.device)
-    first_T.scatter_add_(0, token_R + 1, torch.ones_like(token_R))
-    return torch.argsort(token_R, stable=True), first_T.cumsum_(0)

@@ -6,7 +6,7 @@ Shapes: T tokens, R rows, D model dim.
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.permute.order import rows_by_token
+from sparsetrain_kernels.permute.by_token import rows_by_token
 
 
 def gather(x_TD: Tensor, token_R: Tensor) -> Tensor:

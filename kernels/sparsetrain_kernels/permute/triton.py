@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.permute import triton_kernels as kernels
-from sparsetrain_kernels.permute.order import rows_by_token
+from sparsetrain_kernels.permute.by_token import rows_by_token
 
 
 @on_its_device
