@@ -83,6 +83,10 @@ class MegatronEngine(TorchEngine):
         )
         return group
 
+    def _group_of_stages(self) -> dist.ProcessGroup | None:
+        """Ranks that hold the layers of one copy of the model, in their order; None: each holds all."""
+        return mpu.get_pipeline_model_parallel_group() if self._layout.pp > 1 else None
+
     def _recompute_activations(self) -> None:
         """Megatron does it itself; see Shape."""
 

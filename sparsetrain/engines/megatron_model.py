@@ -19,7 +19,7 @@ from sparsetrain.config.model import ModelConfig
 from sparsetrain.engines.megatron_layers import Block, Mixture, layer_spec, norm_class
 from sparsetrain.engines.megatron_rows import RowPartition
 from sparsetrain.engines.megatron_weights import SpreadExperts, StageWeights
-from sparsetrain.models import Transformer
+from sparsetrain.models import Transformer, use_sparse_linears
 from sparsetrain.models.loss import IGNORED
 from sparsetrain.moe import moe_layers
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
@@ -105,7 +105,9 @@ class MegatronModel(nn.Module):
         self.head = gpt.output_layer if gpt.post_process and not is_tied else None
         with torch.device("meta"):
             self._whole = (Transformer(shape.model, shape.vocab_size, shape.max_seq_len),)
-        self._weights = StageWeights(weight_shapes(self.whole), self._groups)
+        shapes = weight_shapes(self.whole)
+        use_sparse_linears(self.whole, [name for name in shapes if _is_sparse_linear(name)])
+        self._weights = StageWeights(shapes, self._groups)
 
     @property
     def whole(self) -> Transformer:
@@ -230,6 +232,11 @@ def _gpt_model(shape: Shape, groups: ProcessGroupCollection) -> GPTModel:
         position_embedding_type="learned_absolute" if _is_gpt2(shape) else "none",  # attention rotates by itself
         pg_collection=groups,
     )
+
+
+def _is_sparse_linear(name: str) -> bool:
+    """Whether a weight is that of a linear layer which leaves out zeros: those inside the layers that are cut."""
+    return name.startswith("layers.") and name.endswith(".weight") and cut_dim(name) is not None
 
 
 def _is_gpt2(shape: Shape) -> bool:

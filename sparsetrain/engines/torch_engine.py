@@ -75,7 +75,11 @@ class TorchEngine:
         if earlier is not None:
             earlier.detach()
         controller = MoEController(
-            self._module, self._optimizer, group=self._group_of_tokens(), total_steps=self._total_steps
+            self._module,
+            self._optimizer,
+            group=self._group_of_tokens(),
+            stages=self._group_of_stages(),
+            total_steps=self._total_steps,
         )
         if earlier is not None:
             controller.load_state_dict(earlier.state_dict())
@@ -92,6 +96,10 @@ class TorchEngine:
 
     def _group_of_tokens(self) -> ProcessGroup | None:
         """Ranks that hold the same layers and different tokens; None: all."""
+        return None
+
+    def _group_of_stages(self) -> ProcessGroup | None:
+        """Ranks that hold the layers of one copy of the model, in their order; None: each holds all."""
         return None
 
     def _lay_out(self, config: RunConfig) -> nn.Module:

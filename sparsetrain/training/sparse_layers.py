@@ -14,7 +14,7 @@ from torch import nn
 from sparsetrain.config import RunConfig, SparsityRule
 from sparsetrain.models import SparseLinear
 from sparsetrain.models.sparse_linear import KernelPattern, choices, kernel_pattern, pattern_text
-from sparsetrain.sharding import canonical_modules
+from sparsetrain.sharding import PartOfModel, canonical_modules, whole_model
 from sparsetrain.sparsity import LayerSparsity, Sparsifier
 from sparsetrain.training.summary import SparseLayerSummary
 
@@ -40,7 +40,7 @@ class SparseLayers:
     """The weights of one phase that rules multiply as zero in a pattern of kernels.
 
     Args:
-        model: Plain, wrapped or sharded.
+        model: Plain, wrapped, sharded, or one rank's part of it: layers of other ranks count as well.
         sparsifier: The phase's, attached.
         config: Precision and micro-batch.
         seq_len: Tokens of a sample.
@@ -51,7 +51,13 @@ class SparseLayers:
         self, model: nn.Module, sparsifier: Sparsifier, config: RunConfig, *, seq_len: int, device: str
     ) -> None:
         self._sparsifier = sparsifier
-        self._linears = {f"{path}.weight": m for path, m in canonical_modules(model) if isinstance(m, SparseLinear)}
+        self._part = model if isinstance(model, PartOfModel) else None
+        modules = canonical_modules(whole_model(model))
+        self._shapes = {
+            f"{path}.weight": (module.out_features, module.in_features)
+            for path, module in modules
+            if isinstance(module, SparseLinear)
+        }
         self._num_tokens = config.train.micro_batch_size * seq_len
         self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self._device = device
@@ -78,7 +84,7 @@ class SparseLayers:
             elif not any(OPERATIONS[choice.problem.operation].candidates(choice.problem) for choice in layer.choices):
                 dense[layer.pattern, f"no kernel computes it {where}"].append(layer.sparsity.name)
         for owned, pattern in self._owned():
-            if owned.name not in self._linears:
+            if owned.name not in self._shapes:
                 dense[pattern_text(pattern), "only nn.Linear layers leave out zeros"].append(owned.name)
         return [
             f"pattern {pattern}: {why}; masked dense, so that zeros save no time: {names[0]}"
@@ -98,12 +104,14 @@ class SparseLayers:
 
     def _layers(self) -> Iterator[_Layer]:
         for owned, pattern in self._owned():
-            linear = self._linears.get(owned.name)
-            if linear is not None:
-                shape = linear.out_features, linear.in_features
+            shape = self._shapes.get(owned.name)
+            if shape is not None:
                 yield _Layer(owned, pattern_text(pattern), shape, self._choices(owned, pattern, shape))
 
     def _choices(self, owned: LayerSparsity, pattern: KernelPattern, shape: tuple[int, int]) -> list[Choice]:
+        if self._part is not None:
+            rows, columns = self._part.multiplied_part(owned.name, torch.empty(shape, device="meta")).shape
+            shape = rows, columns
         rule, density = self._rule(owned), owned.density
         if isinstance(pattern, NMPattern) and rule.is_recipe and density < 1.0:  # sdgf comes down to it in stages
             pattern = replace(pattern, n=round(density * pattern.m))

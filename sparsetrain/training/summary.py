@@ -31,8 +31,8 @@ class SparseLayerSummary:
     """What the dispatcher chose for their output, gradient of the input and gradient of the weight: once where it is
     the same for all three."""
     dense_seconds: float | None
-    """Of the three products of one layer and one micro-batch with dense kernels, by the times that the choice was made
-    from; None where nothing comparable was measured on this hardware."""
+    """Of the three products of one layer (of a rank's part of it) and one micro-batch with dense kernels, by the times
+    that the choice was made from; None where nothing comparable was measured on this hardware."""
     sparse_seconds: float | None
     """The same for what was chosen."""
     flops_skipped: float

@@ -1,16 +1,20 @@
 """Megatron-Core against torch's own data parallelism: losses, norms, masks, experts, runs that change engines."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparsetrain.config import RunConfig
+from sparsetrain.moe.placement import LoadTrace
 from sparsetrain.testing import assert_close, run_distributed
 from sparsetrain.testing.megatron_cpu import megatron_on_cpu
 from sparsetrain.testing.parity import Curve, Difference, megatron_layouts, train_layouts
 from sparsetrain.training import train
+from sparsetrain.training.expert_trace import TRACE_FILE
 from sparsetrain.training.metrics import read_evals
+from sparsetrain.training.summary import SUMMARY_FILE
 from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
@@ -67,6 +71,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp": {"parallel__engine": "megatron", "parallel__cp": 2, "parallel__zero": 1},
 }
 MOVES = [("torch", 3), ("tp", 5), ("pp", 7), ("zero-2", 8), ("cp", 9), ("sp", 10), ("zero", 11), ("torch", 0)]
+MIXED: dict[str, Any] = {
+    "model__moe": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
+    "sparsity": [{"params": ["*.attention.*"], "method": "static", "pattern": "block[8,8]", "sparsity": 0.5}],
+    "train__tokens": 3 * 256,
+    "train__phases": [],
+}
 SETTINGS = {"train__precision": "bf16", "train__activation_checkpointing": True}
 
 
@@ -100,6 +110,8 @@ def train_runs(folder: Path) -> None:
     train_stages(folder, "pipelined", [("pp", 0)], train__micro_batch_size=3)  # of 4 samples
     for layout in ("torch", "tp"):
         train_stages(folder, f"bf16-{layout}", [(layout, 0)], **SETTINGS)
+    for layout in ("torch", "pp", "tp"):
+        train_stages(folder, f"mixed-{layout}", [(layout, 0)], **MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +159,20 @@ def test_a_pipeline_takes_micro_batches_of_several_sizes_and_evaluates(alone: Pa
 def test_bf16_and_activation_checkpointing_compute_what_they_do_on_torch(on_two_ranks: Path) -> None:
     expected = [row["loss"] for row in rows_of(on_two_ranks / "bf16-torch")]
     assert [row["loss"] for row in rows_of(on_two_ranks / "bf16-tp")] == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("layout", ["pp", "tp"])
+def test_a_run_tells_of_the_layers_of_all_ranks(on_two_ranks: Path, layout: str) -> None:
+    found, wanted = on_two_ranks / f"mixed-{layout}", on_two_ranks / "mixed-torch"
+    loads, expected = LoadTrace.load(found / TRACE_FILE), LoadTrace.load(wanted / TRACE_FILE)
+    assert loads.load_NLE.shape == (3, 2, 4)
+    assert (loads.load_NLE == expected.load_NLE).all()
+    for key in ("expert_imbalance", "dropped_tokens", "density"):
+        assert [row[key] for row in rows_of(found)] == pytest.approx([row[key] for row in rows_of(wanted)]), key
+    summary, theirs = (json.loads((folder / SUMMARY_FILE).read_text()) for folder in (found, wanted))
+    for key in ("parameters", "active_parameters", "train_flops", "dense_train_flops"):
+        assert summary[key] == pytest.approx(theirs[key], rel=1e-12), key
+    ours, expected_rows = (each["phases"][0]["sparse_layers"] for each in (summary, theirs))
+    assert {row["weights"] for row in ours} == {f"layers.*.attention.{name}.weight" for name in "qkvo"}
+    for key in ("weights", "count", "shape", "pattern", "density"):
+        assert [row[key] for row in ours] == [row[key] for row in expected_rows], key

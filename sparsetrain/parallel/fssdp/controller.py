@@ -1,6 +1,6 @@
 """What happens to a model's experts between two steps: load is added up, routers learn of it, new plans are made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,22 @@ class MoEReport:
         """Load of the fullest expert over the mean, in the layer where that is largest."""
         return max((float(load_E.max() / max(load_E.mean(), 1.0)) for load_E in self.load_LE), default=1.0)
 
+    @classmethod
+    def of_stages(cls, stages: Sequence["MoEReport"]) -> "MoEReport":
+        """That of a whole model, of those of its pipeline stages, in their order."""
+        with_experts = [stage for stage in stages if stage.load_LE]
+        num_layers = sum(len(stage.load_LE) for stage in with_experts)
+        imbalances = [len(stage.load_LE) * stage.device_imbalance for stage in with_experts]
+        return cls(
+            load_LE=[load_E for stage in with_experts for load_E in stage.load_LE],
+            dropped=sum(stage.dropped for stage in with_experts),
+            device_imbalance=sum(imbalances) / num_layers if num_layers else 1.0,
+            replicas=sum(stage.replicas for stage in with_experts),
+            moved_bytes=sum(stage.moved_bytes for stage in with_experts),
+            degree=max((stage.degree for stage in with_experts), default=1),
+            resharded=any(stage.resharded for stage in with_experts),
+        )
+
 
 class MoEController:
     """Follows an optimizer's steps and looks after the experts in between.
@@ -66,6 +82,8 @@ class MoEController:
         model: Plain or parallelized, wrapped or not.
         optimizer: Whose steps to follow, and whose state moves with experts. None: call `after_step` after each.
         group: The data-parallel ranks of a model whose experts are not spread; default: all there are.
+        stages: The pipeline stages, in their order, one rank of each, where `model` is one of them; `report` is then
+            that of the whole model.
         total_steps: Of the training, for routers with a schedule.
     """
 
@@ -75,11 +93,12 @@ class MoEController:
         optimizer: Optimizer | None = None,
         *,
         group: ProcessGroup | None = None,
+        stages: ProcessGroup | None = None,
         total_steps: int | None = None,
     ) -> None:
         self._layers = [layer for _, layer in moe_layers(model)]
         self._planners = [StepPlanner(runtime) for runtime in runtimes_of(model)]
-        self._groups = self._ranks(group)
+        self._groups, self._stages = self._ranks(group), stages
         self._optimizer, self._total_steps = optimizer, total_steps
         self._handles: list[RemovableHandle] = []
         self.step = 0
@@ -108,7 +127,7 @@ class MoEController:
             resharded |= planner.plan(np.stack(self._of(planner, load_LE)), total, self._optimizer)
         runtimes = [planner.runtime for planner in self._planners]
         calls = sum(total.calls for total in measured)
-        self.report = MoEReport(
+        report = MoEReport(
             load_LE=load_LE,
             dropped=sum(int(load.dropped) for load in loads),
             device_imbalance=sum(total.imbalance for total in measured) / calls if calls else 1.0,
@@ -117,6 +136,7 @@ class MoEController:
             degree=max((runtime.degree for runtime in runtimes), default=1),
             resharded=resharded,
         )
+        self.report = report if self._stages is None else self._of_all_stages(report, self._stages)
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +191,12 @@ class MoEController:
         pieces = torch.split(total, [len(part) for part in parts])
         sums = [Load(piece.round().long()) for piece in pieces[: len(loads)]]
         return sums, [Measured(*piece.tolist()) for piece in pieces[len(loads) :]]
+
+    @staticmethod
+    def _of_all_stages(report: MoEReport, stages: ProcessGroup) -> MoEReport:
+        reports: list[MoEReport | None] = [None] * dist.get_world_size(stages)
+        dist.all_gather_object(reports, report, group=stages)
+        return MoEReport.of_stages([each for each in reports if each is not None])
 
     def _of(self, planner: StepPlanner, load_LE: list[IntArray]) -> list[IntArray]:
         """The loads of the layers of a planner's store, in the store's order."""
