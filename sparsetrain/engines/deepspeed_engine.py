@@ -22,7 +22,8 @@ from sparsetrain.config import OptimizerConfig, RunConfig
 from sparsetrain.data import Batch
 from sparsetrain.engines.deepspeed_config import deepspeed_config, offloads_optimizer, require_deepspeed
 from sparsetrain.engines.optimizer import OptimizerGroup, adamw, optimizer_groups
-from sparsetrain.engines.torch_engine import TorchEngine
+from sparsetrain.engines.sharded_update import ShardedUpdateEngine
+from sparsetrain.engines.shown_model import ShownModel
 from sparsetrain.engines.zero_partitions import ZeroPartitions, moments_reader, weights_in_parameters
 from sparsetrain.errors import ConfigError
 from sparsetrain.moe import moe_layers
@@ -30,7 +31,7 @@ from sparsetrain.parallel import set_gradient_sync, store_parameters
 from sparsetrain.sharding import DescribesWeights, WeightShard, weight_modules, weight_shards
 
 
-class DeepSpeedEngine(TorchEngine):
+class DeepSpeedEngine(ShardedUpdateEngine):
     """A transformer on DeepSpeed's ZeRO; arguments are those of TorchEngine.
 
     Every rank holds the whole model for a moment while it is made, at every stage.
@@ -41,16 +42,14 @@ class DeepSpeedEngine(TorchEngine):
 
     _partitions: ZeroPartitions | None = None
     """None at stage 0, where weights are whole."""
-    _is_stale = False
-    """Whether somebody may have written to the partitions since the weights were gathered."""
 
     def _lay_out(self, config: RunConfig) -> nn.Module:
         require_deepspeed(config)
         self._optimizer_device = torch.device("cpu") if offloads_optimizer(config) else self._world.device
         self._materialize(config)
         self._groups = optimizer_groups(self._module)
-        stores = store_parameters(self._module)
-        kept_apart = {id(parameter) for parameter in stores.values()}
+        stores = list(store_parameters(self._module).values())
+        kept_apart = {id(parameter) for parameter in stores}
         weights = weights_in_parameters(self._module)
         ours = [group for group in self._groups if not any(id(p) in kept_apart for p in group.parameters)]
         # A stand-in: it holds no state, and DeepSpeed never steps it.
@@ -58,7 +57,7 @@ class DeepSpeedEngine(TorchEngine):
         deepspeed = import_deepspeed(self._world.device)
         with _overrides_blamed():
             self._library, *_ = deepspeed.initialize(
-                model=Shown(self._module, kept_apart, super()._autocast()),
+                model=ShownModel(self._module, stores, super()._autocast()),
                 optimizer=stand_in,
                 config=deepspeed_config(config),
                 dist_init_required=False,
@@ -107,11 +106,6 @@ class DeepSpeedEngine(TorchEngine):
                 found += [cut[name] for name in parameters]
         self._shards = found
 
-    def weight_shards(self) -> list[WeightShard]:
-        """Where every weight lives; what is written there is gathered before the model is next run."""
-        self._is_stale = True
-        return super().weight_shards()
-
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Leave the averaged gradient in the shards; see Engine."""
         if self._partitions is not None:
@@ -121,37 +115,20 @@ class DeepSpeedEngine(TorchEngine):
             self._partitions.take_gradients()
         return loss
 
-    def step(self, lr: float) -> None:
-        """Update this rank's part of the weights; the others' are gathered when the model is next run."""
-        super().step(lr)
-        self._is_stale = True
-
-    def skip_step(self) -> None:
-        """Drop the gradient without an update; masks may change all the same."""
-        super().skip_step()
-        self._is_stale = True
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Tensor) -> Tensor:
-        """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
-        self._gather_if_stale()
-        logits_1TV: Tensor = self._callable(tokens.unsqueeze(0).to(self._world.device))
-        return logits_1TV[0, -1]
-
     def describe(self) -> str:
         """One line for people."""
         is_offloaded = self._optimizer_device != self._world.device
         return self._describe("DeepSpeed", f"ZeRO-{self._layout.zero_stage}{' offloaded' if is_offloaded else ''}")
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _run_model(self, *inputs: Tensor) -> Tensor:
         self._gather_if_stale()
-        return super()._loss(batch)
+        return super()._run_model(*inputs)
 
     def _backward(self, loss: Tensor) -> None:
         self._library.backward(loss)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return nullcontext()  # DeepSpeed would switch one around it off: it is inside, see Shown
+        return nullcontext()  # DeepSpeed would switch one around it off: it is inside, see ShownModel
 
     @contextmanager
     def _synchronizing(self, is_last: bool) -> Iterator[None]:
@@ -161,39 +138,9 @@ class DeepSpeedEngine(TorchEngine):
         self._library.set_gradient_accumulation_boundary(is_last)
         yield
 
-    def _gather_if_stale(self) -> None:
-        if self._is_stale and self._partitions is not None:
+    def _gather(self) -> None:
+        if self._partitions is not None:
             self._partitions.gather()
-        self._is_stale = False
-
-
-class Shown(nn.Module):
-    """The model as DeepSpeed sees it: run under autocast, and without the parameters of expert stores.
-
-    Args:
-        model: The whole.
-        kept_apart: Ids of the parameters that DeepSpeed must not partition, reduce or broadcast.
-        autocast: Entered around each forward pass.
-    """
-
-    def __init__(self, model: nn.Module, kept_apart: set[int], autocast: AbstractContextManager[None]) -> None:
-        super().__init__()
-        self.model = model
-        self._kept_apart = kept_apart
-        self._autocast = autocast
-
-    def forward(self, *args: Any) -> Any:
-        """The model's own result."""
-        with self._autocast:
-            return self.model(*args)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All but those that are kept apart."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) not in self._kept_apart:
-                yield name, parameter
 
 
 @contextmanager

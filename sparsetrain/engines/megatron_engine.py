@@ -17,20 +17,20 @@ from torch.autograd.function import FunctionCtx
 from torch.optim import Optimizer
 
 from sparsetrain.config import OptimizerConfig, RunConfig
-from sparsetrain.data import NOT_COUNTED, Batch
+from sparsetrain.data import Batch
 from sparsetrain.engines.megatron_model import MegatronModel, Shape
 from sparsetrain.engines.megatron_rows import RowPartition
-from sparsetrain.engines.megatron_schedule import Inputs, Stage, replicated, run_schedule
+from sparsetrain.engines.megatron_schedule import Finish, Inputs, Stage, replicated, run_schedule
 from sparsetrain.engines.optimizer import adamw, optimizer_groups
-from sparsetrain.engines.torch_engine import TorchEngine
+from sparsetrain.engines.sharded_update import ShardedUpdateEngine
 from sparsetrain.models import initialize_
 from sparsetrain.moe import auxiliary_loss, moe_layers
 from sparsetrain.moe.routers.replay import ReplayRouter
 from sparsetrain.parallel import World, set_gradient_sync, store_parameters
-from sparsetrain.sharding import WeightShard, weight_shards
+from sparsetrain.sharding import weight_shards
 
 
-class MegatronEngine(TorchEngine):
+class MegatronEngine(ShardedUpdateEngine):
     """A transformer on Megatron-Core; arguments are those of TorchEngine.
 
     A rank holds its part of the model only, from the beginning.
@@ -39,8 +39,6 @@ class MegatronEngine(TorchEngine):
     _module: MegatronModel
     _rows: RowPartition | None = None
     """With zero=1, the rows of weights that this rank updates."""
-    _is_stale = False
-    """Whether somebody may have written to these rows since the others were gathered."""
 
     def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int, total_steps: int) -> None:
         _make_groups(config)
@@ -94,7 +92,7 @@ class MegatronEngine(TorchEngine):
         self._module.to_empty(device=self._world.device)
         initialize_(self._module, config.model, config.seed)
         self._stores = list(store_parameters(self._module).values())
-        stage = Stage(self._module, {id(parameter) for parameter in self._stores}, self._autocast)
+        stage = Stage(self._module, self._stores, self._autocast())
         self._stage_size = self._world.size // config.parallel.pp
         self._is_last_stage = mpu.is_pipeline_last_stage()
         # Tensor-parallel ranks all come to the same loss: one of them speaks.
@@ -113,10 +111,8 @@ class MegatronEngine(TorchEngine):
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradient of the mean loss over the global batch, balance losses included; see Engine."""
-        self._gather_if_stale()
         batches = [self._inputs(batch) for batch in micro_batches]
-        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches]).sum()
-        num_targets = self._world.sum_(num_targets.to(self._world.device)) // self._layout.model_ranks
+        num_targets = self._count_targets(micro_batches)
         totals = torch.zeros(2, device=self._world.device)  # cross entropy, what is added to it
 
         def finish(index: int, y: Tensor) -> Tensor:
@@ -134,11 +130,9 @@ class MegatronEngine(TorchEngine):
             return scaled
 
         self._replicas.zero_grad_buffer()
-        run_schedule(self._replicas, batches, finish, forward_only=False)
+        self._run_stages(batches, finish, forward_only=False)
         self._reduce_gradients()
-        means = self._world.sum_(totals) / num_targets
-        self._aux_loss = means[1] if self._has_experts else None
-        return means[0]
+        return self._mean_loss(totals, num_targets)
 
     def _inputs(self, batch: Batch) -> Inputs:
         batch = batch.to(self._world.device)
@@ -163,30 +157,17 @@ class MegatronEngine(TorchEngine):
         if self._rows is not None:
             self._rows.take_gradients()
 
-    def step(self, lr: float) -> None:
-        """Update this rank's part of the weights; the others' are gathered when the model is next run."""
-        super().step(lr)
-        self._is_stale = True
+    def _run_stages(self, batches: Sequence[Inputs], finish: Finish, *, forward_only: bool) -> None:
+        self._gather_if_stale()
+        run_schedule(self._replicas, batches, finish, forward_only=forward_only)
 
-    def skip_step(self) -> None:
-        """Drop the gradient without an update; masks may change all the same."""
-        super().skip_step()
-        self._is_stale = True
-
-    def weight_shards(self) -> list[WeightShard]:
-        """Where every weight lives; what is written there is gathered before the model is next run."""
-        self._is_stale = True
-        return super().weight_shards()
-
-    def _gather_if_stale(self) -> None:
-        if self._is_stale and self._rows is not None:
+    def _gather(self) -> None:
+        if self._rows is not None:
             self._rows.gather()
-        self._is_stale = False
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
         """Sum of the losses over the counted targets of this rank's samples; the same on all ranks that read them."""
-        self._gather_if_stale()
         total = torch.zeros((), device=self._world.device)
 
         def add(_: int, y: Tensor) -> Tensor:
@@ -194,7 +175,7 @@ class MegatronEngine(TorchEngine):
                 total.add_(y)
             return y
 
-        run_schedule(self._replicas, [self._inputs(batch)], add, forward_only=True)
+        self._run_stages([self._inputs(batch)], add, forward_only=True)
         dist.all_reduce(total, group=mpu.get_model_parallel_group())
         dist.all_reduce(total, group=mpu.get_context_parallel_group())
         return total
@@ -202,7 +183,6 @@ class MegatronEngine(TorchEngine):
     @torch.no_grad()
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
-        self._gather_if_stale()
         # Ranks share the tokens evenly; none looks at what comes after it.
         ways = self._layout.cp * self._layout.tp
         padding = -len(tokens) % ways
@@ -215,7 +195,7 @@ class MegatronEngine(TorchEngine):
                 logits_V.copy_(y[0, place])
             return y
 
-        run_schedule(self._replicas, [(tokens_1T, None, None)], take, forward_only=True)
+        self._run_stages([(tokens_1T, None, None)], take, forward_only=True)
         for group in (mpu.get_pipeline_model_parallel_group(), mpu.get_context_parallel_group()):
             dist.all_reduce(logits_V, group=group)
         return logits_V

@@ -1,9 +1,8 @@
 """Micro-batches through Megatron's schedules: one after the other, or with pp > 1 as a pipeline."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -11,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from sparsetrain.engines.megatron_model import MegatronModel
+from sparsetrain.engines.shown_model import ShownModel
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 """Tokens, targets and document ids of a micro-batch, each [B, T]; without targets the model answers with logits."""
@@ -19,40 +19,22 @@ Finish = Callable[[int, Tensor], Tensor]
 """From the number of a micro-batch and what the model made of it, what goes to the next stage or is differentiated."""
 
 
-class Stage(nn.Module):
+class Stage(ShownModel):
     """The model of this pipeline rank as Megatron's schedules and its DistributedDataParallel want to see it.
 
-    Args:
-        model: The part of the model that is here.
-        kept_apart: Ids of parameters whose gradients Megatron must not reduce: those of expert stores.
-        autocast: Makes what is entered around each forward pass.
+    Arguments are those of ShownModel.
     """
 
     def __init__(
-        self, model: MegatronModel, kept_apart: set[int], autocast: Callable[[], AbstractContextManager[None]]
+        self, model: MegatronModel, kept_apart: Iterable[nn.Parameter], autocast: AbstractContextManager[None]
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, kept_apart, autocast)
+        self._gpt = (model.gpt,)  # not a submodule: its parameters are those of `model`
         self.config, self.model_type = model.gpt.config, model.gpt.model_type
-        self._kept_apart = kept_apart
-        self._autocast = autocast
 
     def set_input_tensor(self, activations: Tensor | list[Tensor | None] | None) -> None:
         """Take what the previous stage has sent."""
-        self.model.gpt.set_input_tensor(activations)
-
-    def forward(self, *args: Any) -> Any:
-        """The model's own result."""
-        with self._autocast():
-            return self.model(*args)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All but those that are kept apart."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) not in self._kept_apart:
-                yield name, parameter
+        self._gpt[0].set_input_tensor(activations)
 
 
 def replicated(stage: Stage) -> DistributedDataParallel:

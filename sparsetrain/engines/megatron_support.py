@@ -29,8 +29,8 @@ def require_megatron(config: RunConfig) -> None:
     _MEGATRON.require()
     if config.cluster.gpus_per_worker == 0 and _device_of_megatron() != "cpu":
         raise ConfigError(
-            "parallel.engine = megatron: Megatron-Core needs a GPU for each worker, and cluster.gpus_per_worker = 0. Set "
-            "it to 1; on the CPU train with parallel.engine=torch or deepspeed"
+            "parallel.engine = megatron: Megatron-Core needs a GPU for each worker, and cluster.gpus_per_worker = 0. "
+            "Set it to 1; on the CPU train with parallel.engine=torch or deepspeed"
         )
 
 

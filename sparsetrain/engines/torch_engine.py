@@ -157,8 +157,7 @@ class TorchEngine:
 
     def forward_backward(self, micro_batches: Sequence[Batch]) -> Tensor:
         """Accumulate the gradient of the mean loss over the global batch, balance losses included; see Engine."""
-        num_targets = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches]).sum()
-        num_targets = self._world.sum_(num_targets.to(self._world.device))
+        num_targets = self._count_targets(micro_batches)
         # Data parallelism averages over ranks; the mean over targets wants their sum.
         scale = self._world.size / num_targets
         totals = torch.zeros(2, device=self._world.device)  # cross entropy, what is added to it
@@ -171,6 +170,15 @@ class TorchEngine:
                     totals[1] += added.detach()
                     loss = loss + added
                 self._backward(loss * scale)
+        return self._mean_loss(totals, num_targets)
+
+    def _count_targets(self, micro_batches: Sequence[Batch]) -> Tensor:
+        """How many targets of the global batch are counted: 0-d int64, the same on all ranks."""
+        counts = torch.stack([(batch.targets != NOT_COUNTED).sum() for batch in micro_batches])
+        return self._world.sum_(counts.sum().to(self._world.device)) // self._layout.model_ranks
+
+    def _mean_loss(self, totals: Tensor, num_targets: Tensor) -> Tensor:
+        """The mean cross entropy of the global batch, and beside it `aux_loss`, from a rank's sums of both."""
         means = self._world.sum_(totals) / num_targets
         self._aux_loss = means[1] if self._has_experts else None
         return means[0]
@@ -204,8 +212,8 @@ class TorchEngine:
     def next_logits(self, tokens: Tensor) -> Tensor:
         """Logits of the token after `tokens`, int64 [T]: [V] on every rank."""
         # Every length would be compiled anew.
-        with torch.compiler.set_stance("force_eager"), self._autocast():
-            logits_1TV: Tensor = self._module(tokens.unsqueeze(0).to(self._world.device))
+        with torch.compiler.set_stance("force_eager"):
+            logits_1TV = self._run_model(tokens.unsqueeze(0).to(self._world.device))
         return logits_1TV[0, -1]
 
     def weight_shards(self) -> list[WeightShard]:
@@ -229,9 +237,12 @@ class TorchEngine:
 
     def _loss(self, batch: Batch) -> Tensor:
         batch = batch.to(self._world.device)
+        return self._run_model(batch.tokens, batch.targets, batch.document_ids)
+
+    def _run_model(self, *inputs: Tensor) -> Tensor:
         with self._autocast():
-            loss: Tensor = self._callable(batch.tokens, batch.targets, batch.document_ids)
-        return loss
+            y: Tensor = self._callable(*inputs)
+        return y
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         return torch.autocast(self._world.device.type, torch.bfloat16, enabled=self._precision == "bf16")

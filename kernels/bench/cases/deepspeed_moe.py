@@ -7,8 +7,7 @@ DeepSpeed pads every expert of every rank to the fullest one; the note says how 
 
 import importlib.util
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.loads import save_steady_load
+from bench.measure import interleave_ranks
 from bench.registry import AtLeast, Bench, Row, Unavailable, case
 
 NUM_RANKS, NUM_EXPERTS, TOP_K, DIM, FFN_DIM, TOKENS = 2, 8, 2, 512, 1024, 1024
@@ -32,7 +33,9 @@ def deepspeed_moe(bench: Bench) -> Iterator[Row]:
     for name, target in TARGETS.items():
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "load.npz")
-            _save_trace(name, trace)
+            save_steady_load(
+                trace, name, num_ranks=NUM_RANKS, num_experts=NUM_EXPERTS, top_k=TOP_K, tokens_per_rank=TOKENS
+            )
             ranks = run_distributed(_measure, NUM_RANKS, str(trace), bench.pairs, timeout_s=240)
         rows = {kind: max(rank[f"{kind}_rows"] for rank in ranks) for kind in ("ours", "theirs")}
         yield Row(
@@ -46,34 +49,13 @@ def deepspeed_moe(bench: Bench) -> Iterator[Row]:
         )
 
 
-def _save_trace(name: str, path: Path) -> None:
-    """The same load in every step, drawn once."""
-    from sparsetrain.moe.placement import TraceRecorder, scenario
-
-    recorder = TraceRecorder(TOP_K)
-    counts_SE = scenario(name, num_experts=NUM_EXPERTS, num_devices=NUM_RANKS, seed=0).counts_SE(0, TOKENS * TOP_K)
-    recorder.append(0, counts_SE.sum(axis=0)[None], counts_SE[None])
-    recorder.trace().save(path)
-
-
 def _measure(trace: str, pairs: int) -> dict[str, Any]:
     x_TD, dy_TD = torch.randn(TOKENS, DIM), torch.randn(TOKENS, DIM)
     ours, theirs = _Ours(trace), _Theirs(trace)
-    steps: dict[str, Callable[[], None]] = {kind: lambda side=side: side.step(x_TD, dy_TD) for kind, side in
-                                            (("ours", ours), ("theirs", theirs))}  # fmt: skip
     for _ in range(PLANNING_STEPS):
-        steps["ours"]()
-    for _ in range(2):
-        steps["theirs"]()
-    samples: dict[str, Any] = {kind: [] for kind in steps}
-    for pair in range(pairs):
-        for kind in list(steps)[:: 1 if pair % 2 else -1]:
-            dist.barrier()
-            began = time.perf_counter()
-            steps[kind]()
-            dist.barrier()
-            samples[kind].append(time.perf_counter() - began)
-    return samples | {"ours_rows": ours.rows, "theirs_rows": theirs.rows}
+        ours.step(x_TD, dy_TD)
+    samples = interleave_ranks(lambda: ours.step(x_TD, dy_TD), lambda: theirs.step(x_TD, dy_TD), pairs=pairs)
+    return dict(zip(("ours", "theirs"), samples, strict=True)) | {"ours_rows": ours.rows, "theirs_rows": theirs.rows}
 
 
 def _replayed(trace: str) -> Any:
@@ -92,7 +74,8 @@ class _Ours:
 
     def __init__(self, trace: str) -> None:
         from sparsetrain.config.experts import FssdpConfig
-        from sparsetrain.engines.deepspeed_engine import Shown, import_deepspeed
+        from sparsetrain.engines.deepspeed_engine import import_deepspeed
+        from sparsetrain.engines.shown_model import ShownModel
         from sparsetrain.parallel import MoEController, parallelize, store_parameters
 
         layer = parallelize(
@@ -100,7 +83,7 @@ class _Ours:
         )
         model = nn.Sequential(nn.Linear(DIM, DIM, bias=False), layer)
         experts = list(store_parameters(model).values())
-        shown = Shown(model, {id(parameter) for parameter in experts}, torch.autocast("cpu", enabled=False))
+        shown = ShownModel(model, experts, torch.autocast("cpu", enabled=False))
         others = torch.optim.AdamW(shown.parameters(), fused=True)
         deepspeed = import_deepspeed(torch.device("cpu"))
         self._engine, *_ = deepspeed.initialize(
