@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,26 @@ def interleave(
             peer_s.append(seconds(peer))
             ours_s.append(seconds(ours))
     return ours_s, peer_s
+
+
+def interleave_ranks(
+    ours: Callable[[], object], peer: Callable[[], object], *, pairs: int, warmup: int = 2
+) -> tuple[list[float], list[float]]:
+    """As `interleave`, of steps that all ranks of the default group take together: each lasts until the last is done.
+
+    Returns:
+        Seconds, nearly the same on every rank.
+    """
+
+    def until_all_are_done(step: Callable[[], object]) -> Callable[[], None]:
+        def call() -> None:
+            step()
+            dist.barrier()
+
+        return call
+
+    dist.barrier()
+    return interleave(until_all_are_done(ours), until_all_are_done(peer), pairs=pairs, warmup=warmup)
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -6,7 +6,6 @@ gradient; what it adds are the protocol, the true norm over shards, and the mask
 """
 
 import importlib.util
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.measure import interleave_ranks
 from bench.registry import AtMost, Bench, Row, case
 
 NUM_RANKS, VOCAB, SAMPLES, SEQ_LEN = 2, 2048, 4, 256
@@ -29,32 +29,20 @@ def engine_overhead(bench: Bench) -> Iterator[Row]:
     for name, parallel in LAYOUTS.items():
         if "engine" in parallel and importlib.util.find_spec("deepspeed") is None:
             continue
-        measured = run_distributed(_measure, NUM_RANKS, parallel, bench.pairs, timeout_s=240)[0]
+        ours_s, theirs_s = run_distributed(_measure, NUM_RANKS, parallel, bench.pairs, timeout_s=240)[0]
         yield Row(
             f"training step, {name}",
-            measured["ours"],
-            measured["theirs"],
+            ours_s,
+            theirs_s,
             f"bare {'DeepSpeed' if 'engine' in parallel else 'torch'}",
             AtMost(1.02),
             note=f"Llama d256, 4 layers, {SAMPLES}x{SEQ_LEN} tokens a rank, fp32",
         )
 
 
-def _measure(parallel: dict[str, Any], pairs: int) -> dict[str, list[float]]:
+def _measure(parallel: dict[str, Any], pairs: int) -> tuple[list[float], list[float]]:
     config = _config(parallel)
-    steps: dict[str, Step] = {"ours": _ours(config), "theirs": _theirs(config)}
-    for _ in range(2):
-        for step in steps.values():
-            step()
-    samples: dict[str, list[float]] = {kind: [] for kind in steps}
-    for pair in range(pairs):
-        for kind in list(steps)[:: 1 if pair % 2 else -1]:
-            dist.barrier()
-            began = time.perf_counter()
-            steps[kind]()
-            dist.barrier()
-            samples[kind].append(time.perf_counter() - began)
-    return samples
+    return interleave_ranks(_ours(config), _theirs(config), pairs=pairs)
 
 
 def _config(parallel: dict[str, Any]) -> Any:

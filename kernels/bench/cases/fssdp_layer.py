@@ -5,7 +5,6 @@ the steps in which they measure and plan: chunks of the exchange, replicas, and 
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from bench.loads import save_steady_load
+from bench.measure import interleave_ranks
 from bench.registry import AtLeast, Bench, Row, case
 
 NUM_RANKS, NUM_EXPERTS, TOP_K, DIM, FFN_DIM, TOKENS = 2, 8, 2, 512, 2048, 2048
@@ -28,7 +29,9 @@ def fssdp_layer(bench: Bench) -> Iterator[Row]:
     for name, target in TARGETS.items():
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, "load.npz")
-            _save_trace(name, trace)
+            save_steady_load(
+                trace, name, num_ranks=NUM_RANKS, num_experts=NUM_EXPERTS, top_k=TOP_K, tokens_per_rank=TOKENS
+            )
             measured = run_distributed(_measure, NUM_RANKS, str(trace), bench.pairs, timeout_s=1200)[0]
         balance = f"fullest rank {measured['ep_load']:.2f} of the mean with ep, {measured['fssdp_load']:.2f} with fssdp"
         yield Row(
@@ -41,27 +44,14 @@ def fssdp_layer(bench: Bench) -> Iterator[Row]:
         )
 
 
-def _save_trace(name: str, path: Path) -> None:
-    """The same load in every step, drawn once."""
-    from sparsetrain.moe.placement import TraceRecorder, scenario
-
-    recorder = TraceRecorder(TOP_K)
-    counts_SE = scenario(name, num_experts=NUM_EXPERTS, num_devices=NUM_RANKS, seed=0).counts_SE(0, TOKENS * TOP_K)
-    recorder.append(0, counts_SE.sum(axis=0)[None], counts_SE[None])
-    recorder.trace().save(path)
-
-
 def _measure(trace: str, pairs: int) -> dict[str, Any]:
-    steps = {kind: _Layer(kind, trace) for kind in ("fssdp", "ep")}
+    fssdp, ep = _Layer("fssdp", trace), _Layer("ep", trace)
     for _ in range(PLANNING_STEPS):
-        for layer in steps.values():
-            layer.seconds()
+        for layer in (fssdp, ep):
+            layer.step()
             layer.plan()
-    samples: dict[str, Any] = {kind: [] for kind in steps}
-    for pair in range(pairs):
-        for kind in list(steps)[:: 1 if pair % 2 else -1]:
-            samples[kind].append(steps[kind].seconds())
-    return samples | {f"{kind}_load": layer.load for kind, layer in steps.items()}
+    samples = interleave_ranks(fssdp.step, ep.step, pairs=pairs, warmup=0)
+    return dict(zip(("fssdp", "ep"), samples, strict=True)) | {"fssdp_load": fssdp.load, "ep_load": ep.load}
 
 
 class _Layer:
@@ -83,15 +73,11 @@ class _Layer:
         self._x = torch.randn(TOKENS, DIM, requires_grad=True)
         self._dy = torch.randn(TOKENS, DIM)
 
-    def seconds(self) -> float:
-        """Of a forward and a backward pass of all ranks."""
+    def step(self) -> None:
+        """A forward and a backward pass."""
         self._layer.zero_grad()
         self._x.grad = None
-        dist.barrier()
-        began = time.perf_counter()
         self._layer(self._x).backward(self._dy)
-        dist.barrier()
-        return time.perf_counter() - began
 
     def plan(self) -> None:
         """What follows a step."""

@@ -11,7 +11,6 @@ Hugging Face's batched_mm is left out: it copies the weights for every row, 34 G
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases.train_step import fastest
+from bench.measure import seconds
 from bench.registry import AtLeast, Bench, Row, Unavailable, case
 from bench.workers import Step, Worker
 
@@ -178,12 +178,6 @@ def _with_bounds(row: Row, precision: str, products: Step) -> Row:
     peak = measured_matmul_peak(torch.device("cpu"), torch.float32 if precision == "fp32" else torch.bfloat16)
     ours, peer = flops / median(row.ours), flops / median(row.peer)
     note = f"{SHAPE}; {ours / 1e9:.0f} GFLOP/s, {ours / peak:.0%} of a measured matmul peak of {peak / 1e9:.0f}"
-    bare = min(_seconds(products) for _ in range(len(row.ours) + 1))
+    bare = min(seconds(products) for _ in range(len(row.ours) + 1))
     note += f"; the peer reaches {peer / peak:.0%}; bare products {bare * 1e3:.0f} ms, {median(row.peer) / bare:.2f}x"
     return replace(row, note=note)
-
-
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
