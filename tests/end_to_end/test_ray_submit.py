@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 import ray  # noqa: F401  # isort: skip  # it brings psutil along
 import psutil  # isort: skip
 
+from sparsetrain.testing import free_ports
 from sparsetrain.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -86,16 +86,6 @@ def program_environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
     }
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below the range from which the system, and so the rest of Ray, takes ports that nobody named."""
-    found: list[int] = []
-    while len(found) < count:
-        with contextlib.suppress(OSError), socket.socket() as candidate:
-            candidate.bind(("0.0.0.0", random.randrange(20_000, 32_000)))
-            found.append(int(candidate.getsockname()[1]))
-    return found
 
 
 def wait_until_listening(ports: tuple[int, ...], process: subprocess.Popen[bytes], log: Path) -> None:

@@ -6,7 +6,6 @@ another, each timed from the start of the command to the line of its first step.
 
 import contextlib
 import os
-import random
 import secrets
 import socket
 import subprocess
@@ -60,7 +59,9 @@ def _head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     import ray  # noqa: F401  # isort: skip  # it brings psutil along
     import psutil  # isort: skip
 
-    port, job_port, client, agent = _free_ports(4)
+    from sparsetrain.testing import free_ports
+
+    port, job_port, client, agent = free_ports(4)
     command = [
         *("ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={NUM_WORKERS}", f"--port={port}"),
         *(f"--temp-dir={folder / 'ray'}", "--node-ip-address=127.0.0.1", "--include-dashboard=true"),
@@ -87,16 +88,6 @@ def _head(folder: Path, environment: dict[str, str]) -> Iterator[str]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
         psutil.wait_procs(tree, timeout=10)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports below the range from which the system takes ports that nobody named."""
-    found: list[int] = []
-    while len(found) < count:
-        with contextlib.suppress(OSError), socket.socket() as candidate:
-            candidate.bind(("0.0.0.0", random.randrange(20_000, 32_000)))
-            found.append(int(candidate.getsockname()[1]))
-    return found
 
 
 def _is_open(port: int) -> bool:
