@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sparsetrain_kernels.row_backend import force_rows
 
 
 @pytest.fixture
@@ -13,3 +14,12 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where it is computed, by each backend of rows; Triton in its interpreter where there is no GPU."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with force_rows(request.param):
+        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"

@@ -1,11 +1,8 @@
 """Grouped products: both forms and their gradients against float64, and against torch's own operator."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from sparsetrain_kernels.grouped_mm import grouped_mm
-from sparsetrain_kernels.row_backend import force_rows
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,15 +13,6 @@ counts = pytest.mark.parametrize("counts", [pytest.param(c, id=name) for name, c
 precisions = pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
 )
-
-
-@pytest.fixture(params=["torch", "triton"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where it is computed, by each backend; Triton in its interpreter where there is no GPU."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with force_rows(request.param):
-        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def ends(counts: list[int]) -> Tensor:

@@ -3,25 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from sparsetrain_kernels.router_top_k import router_top_k
-from sparsetrain_kernels.row_backend import force_rows
 from torch import Tensor
 
 from tests.kernels.test_expert_ffn import assert_near, gradients, random
-
-
-@pytest.fixture(params=["torch", "triton"])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where it is computed, by each backend; Triton in its interpreter where there is no GPU."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with force_rows(request.param):
-        yield "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def plainly(logits: Tensor, top_k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
