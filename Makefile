@@ -38,7 +38,7 @@ demo: $(READY) ## Pre-train and fine-tune a sparse language model on real text: 
 	@sparsetrain train configs/demo.yaml --overwrite
 
 test: $(READY) ## Run every test that needs no GPU
-	@pytest -q -n $(JOBS) --dist loadgroup -m 'not gpu'
+	@pytest -q -n $(JOBS) --dist loadgroup --durations 20 -m 'not gpu'
 
 test-quick: $(READY) ## Run the tests of the inner loop: no Ray, nothing slow
 	@pytest -q -n $(JOBS) --dist loadgroup -m 'not gpu and not ray and not slow'

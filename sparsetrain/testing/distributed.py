@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 150.0
 _READY = "ready"  # what a rank sends once it is in the process group; a result is pickled, so bytes
 
 
@@ -31,7 +31,7 @@ def run_distributed(
     world_size: int,
     *args: Any,
     backend: str = "gloo",
-    timeout_s: float = 60.0,
+    timeout_s: float = 240.0,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` ranks, each a fresh process inside an initialised process group.

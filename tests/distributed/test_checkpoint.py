@@ -255,8 +255,8 @@ def ranks(root) -> dict[int, list[Rank]]:
     """Save at 1 rank, load and save at 2, load and save at 4: each loads all that was saved before it."""
     save_all(root / "layouts")
     return {
-        2: run_distributed(two_ranks, 2, root, timeout_s=200),
-        4: run_distributed(four_ranks, 4, root, timeout_s=200),
+        2: run_distributed(two_ranks, 2, root, timeout_s=280),
+        4: run_distributed(four_ranks, 4, root, timeout_s=280),
     }
 
 

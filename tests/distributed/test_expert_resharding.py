@@ -224,7 +224,7 @@ def check_everything() -> None:
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_everything_kept_for_an_expert_moves_with_it(world_size: int) -> None:
-    run_distributed(check_everything, world_size, timeout_s=120)
+    run_distributed(check_everything, world_size, timeout_s=250)
 
 
 def stored_for(mesh_shape: tuple[int, ...], resharded: bool = False) -> Trained:

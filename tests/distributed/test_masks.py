@@ -222,7 +222,7 @@ def everything() -> tuple[list[list[Masks]], Masks]:
 
 @pytest.fixture(scope="module")
 def at_one_rank() -> tuple[list[list[Masks]], Masks]:
-    return run_distributed(everything, 1, timeout_s=120)[0]
+    return run_distributed(everything, 1, timeout_s=250)[0]
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -230,7 +230,7 @@ def test_masks_are_bitwise_the_same_in_every_layout_at_every_number_of_ranks(
     world_size: int, at_one_rank: tuple[list[list[Masks]], Masks]
 ) -> None:
     chosen_at_one, trained_at_one = at_one_rank
-    for chosen_here, trained_here in run_distributed(everything, world_size, timeout_s=240):
+    for chosen_here, trained_here in run_distributed(everything, world_size, timeout_s=280):
         for rule, ours, expected in zip(RULES, chosen_here, chosen_at_one, strict=True):
             for mine, theirs in zip(ours, expected, strict=True):
                 assert mine.keys() == theirs.keys()

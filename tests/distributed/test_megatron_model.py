@@ -259,4 +259,4 @@ def updated_logits(config: ModelConfig) -> Tensor:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_loss_logits_and_gradients_are_those_of_the_plain_model(world: int) -> None:
-    run_distributed(every_layout, world, world, timeout_s=200)
+    run_distributed(every_layout, world, world, timeout_s=280)

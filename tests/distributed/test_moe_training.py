@@ -10,7 +10,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.moe.placement import LoadTrace
 from sparsetrain.testing import assert_close, run_distributed
 from sparsetrain.training import train
-from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
+from tests.distributed.moving_runs import Interrupted, beside, saved_tensors, train_until
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 FSSDP = {
@@ -136,7 +136,7 @@ def test_four_ranks_train_as_one_process_does(one_process: Path, four_ranks: Pat
 @pytest.mark.slow
 def test_runs_of_four_ranks_go_on_over_two_on_one_and_without_ranks(one_process: Path, four_ranks: Path) -> None:
     """Each stage resumes from the last checkpoint before the step that stopped the one before."""
-    run_distributed(go_on, 2, four_ranks, [("all-ways", "ep-full", 9), ("groups", "fssdp-ddp", None)], timeout_s=200)
+    run_distributed(go_on, 2, four_ranks, [("all-ways", "ep-full", 9), ("groups", "fssdp-ddp", None)], timeout_s=280)
     go_on(four_ranks, [("all-ways", "fssdp-ddp", 11), ("all-ways", "alone", None)])
 
     for run in ("all-ways", "groups"):

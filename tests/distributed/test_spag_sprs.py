@@ -21,7 +21,7 @@ from sparsetrain.testing.distributed import DistributedTestError
 
 SPEC = ExpertSpec(dim=6, ffn_dim=4, bias=False)
 NUM_LAYERS, NUM_EXPERTS = 3, 5  # no number of ranks but 1 divides 15: owners are uneven
-TIMEOUT = timedelta(seconds=30)
+TIMEOUT = timedelta(seconds=120)
 
 
 def placements(owner_E: np.ndarray, num_ranks: int) -> dict[str, Placement]:
@@ -155,7 +155,7 @@ def test_collectives_work_on_gpus() -> None:
 
 def spread_over_both_ranks() -> tuple[ExpertStore, Placement]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    groups = ExpertGroups.of_mesh(mesh, timeout=timedelta(seconds=2), devices_per_node=1)
+    groups = ExpertGroups.of_mesh(mesh, timeout=timedelta(seconds=5), devices_per_node=1)
     store = filled_store(groups, SPEC)
     return store, placements(store.owners_LE[0], groups.size)["everywhere"]
 
@@ -180,9 +180,9 @@ def wait_for_a_rank_that_stalls() -> list[str]:
         # Made anew: a group in which a rank has given up is of no more use.
         collective = prepare(*spread_over_both_ranks())
         if dist.get_rank() == 1:
-            default_store.wait([prepare.__name__], timedelta(seconds=20))
+            default_store.wait([prepare.__name__], timedelta(seconds=60))
             continue
-        with pytest.raises(RuntimeError, match="Timed out waiting 2000ms") as error:
+        with pytest.raises(RuntimeError, match="Timed out waiting 5000ms") as error:
             collective()
         said += error.value.__notes__
         default_store.set(prepare.__name__, "given up")
@@ -190,7 +190,7 @@ def wait_for_a_rank_that_stalls() -> list[str]:
 
 
 def test_a_rank_that_stalls_keeps_the_others_no_longer_than_the_timeout() -> None:
-    said, _ = run_distributed(wait_for_a_rank_that_stalls, 2, timeout_s=30)
+    said, _ = run_distributed(wait_for_a_rank_that_stalls, 2, timeout_s=120)
     assert "while gathering the experts of layers.0.moe.experts" in said[0]
     assert "while reducing the gradients of the experts of layers.0.moe.experts" in said[1]
 
@@ -205,6 +205,6 @@ def die_on_one_rank() -> None:
 
 def test_a_rank_that_dies_is_an_error_on_the_others() -> None:
     with pytest.raises(DistributedTestError, match=r"rank 1: died without a word \(exit code 7\)") as error:
-        run_distributed(die_on_one_rank, 2, timeout_s=30)
+        run_distributed(die_on_one_rank, 2, timeout_s=120)
     assert "rank 0: Traceback" in str(error.value)
     assert "while gathering the experts of layers.0.moe.experts" in str(error.value)

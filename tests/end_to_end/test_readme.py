@@ -32,7 +32,7 @@ def test_the_snippet_of_experts_trains_on_two_ranks_in_forty_lines(tmp_path: Pat
     script = tmp_path / "experts.py"
     script.write_text(EXPERTS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*torchrun, str(script)], capture_output=True, text=True, timeout=250)
 
     assert done.returncode == 0, done.stderr
     said = re.findall(r"loss ([\d.]+), fullest rank ([\d.]+) x the mean, \d+ replicas", done.stdout)

@@ -35,7 +35,7 @@ def test_other_processes_make_the_same_plans():
         "PYTHONWARNINGS": "ignore",
     }
     run = [sys.executable, __file__]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == plan()
 
