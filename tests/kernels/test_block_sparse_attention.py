@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetrain.testing import MemoryMeter, assert_close
-from tests.kernels.block_attention_cases import CALLS, Call, check, computed, expected
+from tests.kernels.block_attention_cases import CALLS, Call, check, computed, expected, finite
 
 CALL = Call(tokens=57)
 IMPLEMENTATIONS = ["cpu", "dense", "reference"]
@@ -45,6 +45,20 @@ def test_gradients_of_the_output_alone_are_those_of_the_oracle(call: Call, imple
     _, _, *wanted = expected(call, layout, [*(x.detach() for x in inputs), dout, torch.zeros_like(dlse)])
     for gradient, oracle in zip(torch.autograd.grad(out, inputs, dout), wanted, strict=True):
         assert_close(gradient, oracle)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_large_scores_are_not_rounded(dtype: torch.dtype, implementation: str) -> None:
+    """Scores up to 100: as they are, bfloat16 would be off by 1/4, and probabilities by a quarter of themselves."""
+    call = Call(tokens=130, head_dim=64, block=32)
+    layout, (q, k, *rest) = call.layout(), call.tensors(dtype)
+    tensors = [5 * q, 5 * k, *rest]
+    (out, lse, *gradients), oracle = computed(call, layout, tensors, implementation), expected(call, layout, tensors)
+    assert finite(oracle[1]).abs().max() > 60
+    assert (finite(lse) - finite(oracle[1])).abs().max() < 1e-3
+    for found, wanted in zip((out, *gradients), (oracle[0], *oracle[2:]), strict=True):
+        assert (found.double() - wanted).norm() < 3 * torch.finfo(dtype).eps * wanted.norm()
 
 
 @given(

@@ -5,6 +5,11 @@ number of their visible blocks; of equal ones, as many as fit the caches are com
 values are gathered side by side, so that a row's scores are one matrix, and the backward pass adds the gradients of
 gathered blocks to their places in a fixed order. Probabilities are not kept but computed again.
 
+Precision. Products round their result to the dtype of their arguments, and a score of 40 rounded to bfloat16 is off by
+1/8. So for dtypes narrower than float32 the forward pass multiplies queries and keys in float32. The backward pass,
+which knows the log-sum-exp, has a level subtracted inside the product, so that scores that count are near 0 when
+rounded: the log-sum-exp less ½ log P, halfway between the scores of a key that takes all and of P keys that share alike.
+
 Memory. No tensor has S·T entries. Beside the arguments, with X the bytes of q (or of k, if that is larger) and e those
 of an element: forward at most 6 X + 6 MiB, backward (9 + 8/e) X + 12 MiB, as dk and dv are summed in float32; and about
 40 bytes for each visible block. The MiB are what is computed together: 1 MiB of scores, or one row if that is more.
@@ -12,6 +17,8 @@ of an element: forward at most 6 X + 6 MiB, backward (9 + 8/e) X + 12 MiB, as dk
 Shapes: B samples, S queries, T keys, H query heads, K key/value heads, D head dim; R rows in one product, M queries of
 a row (of all its heads), P keys in its visible blocks.
 """
+
+from math import log
 
 import torch
 from torch import Tensor
@@ -29,23 +36,24 @@ def unsupported(q_BSHD: Tensor, block: int) -> str | None:
 
 def forward(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, visible: Visibility, scale: float) -> tuple[Tensor, Tensor]:
     """See `implementations.Forward`."""
-    all_rows = AllRows(q_BSHD, k_BTKD, visible)
+    wide = torch.promote_types(q_BSHD.dtype, torch.float32)
+    all_rows = AllRows(q_BSHD, k_BTKD, visible, score_bytes=wide.itemsize)
     with as_written(q_BSHD.device):
         q = all_rows.sort(q_BSHD)
         k, v = (to_blocks(x, x.shape[2], visible.block) for x in (k_BTKD, v_BTKD))
         out = new_result(q, *q.shape).zero_()
-        highest, its_p = q.new_full(q.shape[:2], float("-inf")), q.new_ones(q.shape[:2])
-        scratch = Scratch(q.dtype)
+        highest, its_p = (q.new_full(q.shape[:2], value, dtype=wide) for value in (float("-inf"), 1.0))
+        narrow, scratch = Scratch(q.dtype), Scratch(wide)
         for rows in all_rows:
             at = rows.slice
-            gathered = scratch("gathered", len(rows.gathered), *k.shape[1:])
-            scores = _scores(q[at], rows.gather(k, gathered), rows, scale, scratch)
+            gathered = narrow("gathered", len(rows.gathered), *k.shape[1:])
+            q_RMD, k_RPD = scratch.cast("q", q[at]), scratch.cast("k", rows.gather(k, gathered))
+            scores = _scores(q_RMD, k_RPD, rows, scale, scratch)
             torch.amax(scores, -1, out=highest[at])
             p = _softmax(scores, highest[at], rows, scratch)
             torch.amax(p, -1, out=its_p[at])
-            torch.bmm(p, rows.gather(v, gathered), out=out[at])
-        lse = highest.to(torch.promote_types(q.dtype, torch.float32))
-        lse = torch.where(lse.isneginf(), lse, lse - its_p.to(lse.dtype).log())  # the probability is 1 / denominator
+            torch.bmm(narrow.cast("p", p), rows.gather(v, gathered), out=out[at])
+        lse = torch.where(highest.isneginf(), highest, highest - its_p.log())  # the probability is 1 / denominator
     lse_BHS = all_rows.unsort(lse.unsqueeze(-1), q_BSHD[..., :1]).squeeze(-1).mT.contiguous()
     return all_rows.unsort(out, q_BSHD), lse_BHS
 
@@ -62,7 +70,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `implementations.Backward`."""
-    all_rows = AllRows(q_BSHD, k_BTKD, visible)
+    all_rows = AllRows(q_BSHD, k_BTKD, visible, score_bytes=q_BSHD.element_size())
     with as_written(q_BSHD.device):
         q, dout = (all_rows.sort(x) for x in (q_BSHD, dout_BSHD))
         lse = all_rows.sort(lse_BHS.mT.unsqueeze(-1), fill=float("-inf"))
@@ -70,12 +78,14 @@ def backward(
         k, v = (to_blocks(x, x.shape[2], visible.block) for x in (k_BTKD, v_BTKD))
         dq = new_result(q, *q.shape).zero_()
         wide = torch.promote_types(k.dtype, torch.float32)
+        level = None if q.dtype == wide else lse.masked_fill(lse.isneginf(), 0.0)
         dk, dv = (new_result(k, *k.shape, dtype=wide).zero_() for _ in range(2))
         scratch = Scratch(q.dtype)
         for rows in all_rows:
             at, gathered_shape = rows.slice, (len(rows.gathered), *k.shape[1:])
             k_RPD, v_RPD = rows.gather(k, scratch("k", *gathered_shape)), rows.gather(v, scratch("v", *gathered_shape))
-            scores = _scores(q[at], k_RPD, rows, scale, scratch)
+            level_RM1 = None if level is None else level[at] - 0.5 * log(k_RPD.shape[1])
+            scores = _scores(q[at], k_RPD, rows, scale, scratch, level_RM1)
             p = _softmax(scores, lse[at].squeeze(-1), rows, scratch)
             dv_RPD = torch.bmm(p.mT, dout[at], out=scratch("dv, then dk", *v_RPD.shape))
             rows.add_to(dv, dv_RPD, scratch)
@@ -90,10 +100,15 @@ def backward(
     return all_rows.unsort(dq, q_BSHD), dk_BTKD, dv_BTKD
 
 
-def _scores(q_RMD: Tensor, k_RPD: Tensor, rows: Rows, scale: float, scratch: Scratch) -> Tensor:
-    """[R, M, P], −∞ where hidden."""
+def _scores(
+    q_RMD: Tensor, k_RPD: Tensor, rows: Rows, scale: float, scratch: Scratch, level_RM1: Tensor | None = None
+) -> Tensor:
+    """[R, M, P], −∞ where hidden; of each query its level is subtracted before they are rounded."""
     scores = scratch("scores", *q_RMD.shape[:2], k_RPD.shape[1])
-    _product(q_RMD, k_RPD.mT, scale, out=scores)
+    if level_RM1 is None:
+        _product(q_RMD, k_RPD.mT, scale, out=scores)
+    else:
+        scores.copy_(-level_RM1.to(scores.dtype)).baddbmm_(q_RMD, k_RPD.mT, alpha=scale)
     rows.hide(scores)
     return scores
 

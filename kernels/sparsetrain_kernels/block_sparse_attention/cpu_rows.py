@@ -34,6 +34,10 @@ class Scratch:
             self._buffers[name] = torch.empty(numel, dtype=dtype or self._dtype)
         return self._buffers[name][:numel].view(shape)
 
+    def cast(self, name: str, x: Tensor) -> Tensor:
+        """A copy in the dtype of the buffers; x itself where it has that."""
+        return x if x.dtype == self._dtype else self(name, *x.shape).copy_(x)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -79,18 +83,24 @@ class Rows:
 class AllRows:
     """The rows of a call, one for each sample, head and block of queries, by ascending number of visible blocks.
 
+    Args:
+        q_BSHD: Queries.
+        k_BTKD: Keys.
+        visible: What they see.
+        score_bytes: Bytes of a score, which limit how many rows are computed together.
+
     Attributes:
         heads: Heads that have rows of their own: all, or where the layout is shared those of keys and values.
     """
 
-    def __init__(self, q_BSHD: Tensor, k_BTKD: Tensor, visible: Visibility) -> None:
+    def __init__(self, q_BSHD: Tensor, k_BTKD: Tensor, visible: Visibility, *, score_bytes: int) -> None:
         batch, num_queries, num_heads, _ = q_BSHD.shape
         _, num_keys, num_kv_heads, _ = k_BTKD.shape
         num_lists, list_len = visible.key_blocks.shape
         num_blocks, num_key_blocks = visible.row_ranges.shape[2], visible.column_ranges.shape[2]
         self.heads = num_kv_heads if num_lists == 1 else num_heads
         self._block = visible.block
-        self._bytes_a_block = num_heads // self.heads * visible.block**2 * q_BSHD.element_size()
+        self._bytes_a_block = num_heads // self.heads * visible.block**2 * score_bytes
         ranges = visible.row_ranges.expand(batch, self.heads, -1, -1).reshape(-1, 4)
         self._counts, self._order = (ranges[:, END] - ranges[:, FIRST]).sort(stable=True)
         self._inverse = self._order.argsort()
