@@ -8,17 +8,17 @@ from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, by_
 
 def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """x Wᵀ + bias [T, N]."""
-    return torch.nn.functional.linear(x_TK, whole_weight(weight, index, grid, zeroed), bias_N)
+    return torch.nn.functional.linear(x_TK, whole_weight(weight.to(x_TK.dtype), index, grid, zeroed), bias_N)
 
 
 def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """dy W [T, K]."""
-    return dy_TN @ whole_weight(weight, index, grid, zeroed)
+    return dy_TN @ whole_weight(weight.to(dy_TN.dtype), index, grid, zeroed)
 
 
-def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool) -> Tensor:
+def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
     """The living blocks of dyᵀ x, packed or in a dense tensor of zeros."""
-    every = dy_TN.T @ x_TK
+    every = (dy_TN.T @ x_TK).to(dtype)
     lists = unpack_index(index, grid)
     if packed:
         return by_block(every, grid)[lists.places()]

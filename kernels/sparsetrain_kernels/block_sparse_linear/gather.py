@@ -1,16 +1,18 @@
 """The three products on a CPU: per row (or column) of blocks, one dense product of what its living blocks read.
 
-Columns of x are copied side by side into one buffer, which stays in cache, so that each row of blocks is a single
-matrix product that accumulates in fp32 and writes its outputs in place. The copies cost about a tenth of the products.
+Everything is copied in pieces, which are as long as a block is wide: c neighbouring values of a weight or of x, or r of
+dy. One index_select puts all that a product reads beside one another, on all cores; blocks that are neighbours already
+are read where they are. Each product then accumulates in fp32 and writes its outputs in place.
+
+B living blocks, P = B·r pieces of them.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.block_sparse_linear.layout import Grid, by_block, unpack_index
+from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, unpack_index
 from sparsetrain_kernels.memory import new_result
 
 _CACHE_BYTES = 1 << 20
@@ -19,120 +21,128 @@ _FEWEST_TOKENS = 256
 
 def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """x Wᵀ + bias [T, N]; `zeroed` makes no difference, dead blocks are not read."""
-    blocks = _Blocks(weight, index, grid)
-    y_TN = new_result(x_TK, len(x_TK), grid.shape[0])
-    rows = [blocks.of_row(row) for row in range(grid.num_rows)]
-    joined = [torch.cat(living, 1).T if living else None for living, _ in rows]
-    biases = [None] * grid.num_rows if bias_N is None else bias_N.tensor_split(grid.num_rows)
-    for tokens, gathered in _slices(x_TK, grid.block_columns * blocks.widest_row):
-        inputs = x_TK[tokens].tensor_split(grid.num_columns, 1)
-        outputs = y_TN[tokens].tensor_split(grid.num_rows, 1)
-        for (_, columns), w_Pr, bias_r, y_tr in zip(rows, joined, biases, outputs, strict=True):
-            if w_Pr is None:
-                y_tr.copy_(y_tr.new_zeros(()) if bias_r is None else bias_r)
-            else:
-                _product(gathered.beside([inputs[column] for column in columns]), w_Pr, bias_r, y_tr)
-    return y_TN
+    lists = unpack_index(index, grid)
+    reads = _Reads(x_TK, grid.block_columns, lists.row_starts, lists.columns)
+    pieces_P = _pieces(lists, grid, weight.ndim == 3)[_pieces(lists, grid, packed=False).argsort()]
+    parts = _select(weight, pieces_P, grid, x_TK.dtype).split([count * grid.block_rows for count in reads.counts])
+    matrices = [part.view(grid.block_rows, -1).T if len(part) else None for part in parts]
+    biases = [None] * grid.num_rows if bias_N is None else bias_N.split(grid.block_rows)
+    return _products(reads, matrices, biases, grid.block_rows)
 
 
 def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """dy W [T, K]."""
-    blocks = _Blocks(weight, index, grid)
-    dx_TK = new_result(dy_TN, len(dy_TN), grid.shape[1])
-    columns = [blocks.of_column(column) for column in range(grid.num_columns)]
-    joined = [torch.cat(living, 0) if living else None for living, _ in columns]
-    for tokens, gathered in _slices(dy_TN, grid.block_rows * blocks.widest_column):
-        outputs = dy_TN[tokens].tensor_split(grid.num_rows, 1)
-        inputs = dx_TK[tokens].tensor_split(grid.num_columns, 1)
-        for (_, rows), w_Pc, dx_tc in zip(columns, joined, inputs, strict=True):
-            if w_Pc is None:
-                dx_tc.zero_()
-            else:
-                _product(gathered.beside([outputs[row] for row in rows]), w_Pc, None, dx_tc)
-    return dx_TK
+    lists = unpack_index(index, grid)
+    reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
+    pieces_P = _by_column(_pieces(lists, grid, weight.ndim == 3), lists)
+    parts = _select(weight, pieces_P, grid, dy_TN.dtype).split([count * grid.block_rows for count in reads.counts])
+    return _products(
+        reads, [part if len(part) else None for part in parts], [None] * grid.num_columns, grid.block_columns
+    )
 
 
-def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool) -> Tensor:
+def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
     """The living blocks of dyᵀ x, packed or in a dense tensor of zeros.
 
     Column by column: the transposed product with many rows and few columns is the faster way round in bf16.
     """
-    num_blocks = len(unpack_index(index, grid).columns)
-    shape = (num_blocks, *grid[2:]) if packed else grid.shape
-    gradient = dy_TN.new_empty(shape) if packed else dy_TN.new_zeros(shape)
-    blocks = _Blocks(gradient, index, grid)
-    outputs = dy_TN.tensor_split(grid.num_rows, 1)
-    gathered_dy = _Buffer(dy_TN, len(dy_TN) * grid.block_rows * blocks.widest_column)
-    for column, x_Tc in enumerate(x_TK.tensor_split(grid.num_columns, 1)):
-        living, rows = blocks.of_column(column)
-        if rows:
-            dy = gathered_dy.beside([outputs[row] for row in rows])
-            torch._foreach_copy_(living, list((dy.T @ x_Tc).tensor_split(len(rows))))
+    lists = unpack_index(index, grid)
+    reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
+    pieces_P = _by_column(_pieces(lists, grid, packed), lists)
+    products_Pc = dy_TN.new_empty(len(pieces_P) + 1, grid.block_columns)
+    products_Pc[-1] = 0  # the piece that dead blocks get
+    parts = products_Pc[:-1].split([count * grid.block_rows for count in reads.counts])
+    beside = reads.buffer(len(dy_TN))
+    for column, (part, x_Tc) in enumerate(zip(parts, x_TK.split(grid.block_columns, 1), strict=True)):
+        if len(part):
+            torch.mm(beside(column, dy_TN).T, x_Tc, out=part)
+    gradient = new_result(dy_TN, *((len(lists.columns), *grid[2:]) if packed else grid.shape), dtype=dtype)
+    sources = pieces_P.new_full((gradient.numel() // grid.block_columns,), len(pieces_P))
+    sources[pieces_P] = torch.arange(len(pieces_P), dtype=sources.dtype)
+    torch.index_select(products_Pc.to(dtype), 0, sources, out=gradient.view(-1, grid.block_columns))
     return gradient
 
 
-class _Blocks:
-    """Views [r, c] of the living blocks of a dense or packed weight, by row and by column of blocks."""
+class _Reads:
+    """What each product reads of a matrix [T, X]: some of its slabs, which are `width` columns wide."""
 
-    def __init__(self, weight: Tensor, index: Tensor, grid: Grid) -> None:
-        row_starts, self.columns, column_starts, self.rows, self.order = (
-            part.tolist() for part in unpack_index(index, grid)
-        )
-        self.row_slices: list[slice[int, int, None]] = [slice(start, stop) for start, stop in pairwise(row_starts)]
-        self.column_slices: list[slice[int, int, None]] = [
-            slice(start, stop) for start, stop in pairwise(column_starts)
-        ]
-        self.packed = weight.unbind() if weight.ndim == 3 else None
-        self.by_place = by_block(weight, grid) if weight.ndim == 2 else weight
+    def __init__(self, matrix_TX: Tensor, width: int, starts: Tensor, slabs_B: Tensor) -> None:
+        self.matrix_TX, self.width = matrix_TX, width
+        self.counts: list[int] = starts.diff().tolist()
+        self.slabs = slabs_B.split(self.counts)
+        self.firsts: list[int | None] = [_first_of_run(part) for part in map(Tensor.tolist, self.slabs)]
 
-    @property
-    def widest_row(self) -> int:
-        return max(part.stop - part.start for part in self.row_slices)
+    def tokens_in_cache(self) -> int:
+        """How many tokens at a time keep what a product reads in cache."""
+        bytes_per_token = max(self.counts) * self.width * self.matrix_TX.itemsize
+        return min(max(_FEWEST_TOKENS, _CACHE_BYTES // max(bytes_per_token, 1)), len(self.matrix_TX))
 
-    @property
-    def widest_column(self) -> int:
-        return max(part.stop - part.start for part in self.column_slices)
-
-    def of_row(self, row: int) -> tuple[list[Tensor], list[int]]:
-        """Its living blocks, and their columns."""
-        columns = self.columns[self.row_slices[row]]
-        if self.packed is not None:
-            return list(self.packed[self.row_slices[row]]), columns
-        blocks = self.by_place[row].unbind(0)
-        return [blocks[column] for column in columns], columns
-
-    def of_column(self, column: int) -> tuple[list[Tensor], list[int]]:
-        """Its living blocks, and their rows."""
-        rows = self.rows[self.column_slices[column]]
-        if self.packed is not None:
-            return [self.packed[number] for number in self.order[self.column_slices[column]]], rows
-        blocks = self.by_place[:, column].unbind(0)
-        return [blocks[row] for row in rows], rows
+    def buffer(self, most_tokens: int) -> "_Buffer":
+        """Memory for what any of the products reads of so many tokens."""
+        return _Buffer(self, most_tokens)
 
 
 class _Buffer:
-    """Memory that columns are copied into side by side, again and again; a single block is used where it lies."""
+    """Memory that pieces are copied into side by side, again and again."""
 
-    def __init__(self, like: Tensor, numel: int) -> None:
-        self.memory = new_result(like, numel)
+    def __init__(self, reads: _Reads, most_tokens: int) -> None:
+        self.reads = reads
+        num_slabs = reads.matrix_TX.shape[1] // reads.width
+        first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * num_slabs
+        self.pieces = [
+            first_T1 + slabs if first is None else None for slabs, first in zip(reads.slabs, reads.firsts, strict=True)
+        ]
+        self.memory = new_result(reads.matrix_TX, most_tokens * max(reads.counts), reads.width)
 
-    def beside(self, blocks: list[Tensor]) -> Tensor:
-        """Blocks of equal height beside one another."""
-        if len(blocks) == 1:
-            return blocks[0]
-        height, width = len(blocks[0]), sum(block.shape[1] for block in blocks)
-        return torch.cat(blocks, 1, out=self.memory[: height * width].view(height, width))
+    def __call__(self, product: int, tokens_TX: Tensor) -> Tensor:
+        """The slabs of some of the matrix's tokens that a product reads, side by side."""
+        width, count, first = self.reads.width, self.reads.counts[product], self.reads.firsts[product]
+        if first is not None:
+            return tokens_TX[:, first * width : (first + count) * width]
+        pieces = self.pieces[product]
+        assert pieces is not None
+        gathered = self.memory[: len(tokens_TX) * count]
+        torch.index_select(tokens_TX.view(-1, width), 0, pieces[: len(tokens_TX)].view(-1), out=gathered)
+        return gathered.view(len(tokens_TX), count * width)
 
 
-def _slices(like_TX: Tensor, width: int) -> Iterator[tuple[slice, _Buffer]]:
-    """Tokens, so many at a time that `width` columns of them stay in cache, and the memory for those columns."""
-    size = max(_FEWEST_TOKENS, _CACHE_BYTES // max(width * like_TX.itemsize, 1))
-    gathered = _Buffer(like_TX, min(size, len(like_TX)) * width)
-    return ((slice(start, start + size), gathered) for start in range(0, len(like_TX), size))
+def _products(reads: _Reads, matrices: Sequence[Tensor | None], biases: Sequence[Tensor | None], width: int) -> Tensor:
+    """Side by side, `width` columns each: what every product reads times its matrix, plus its bias."""
+    out_TY = new_result(reads.matrix_TX, len(reads.matrix_TX), width * len(matrices))
+    if not len(reads.matrix_TX):
+        return out_TY
+    num_tokens = reads.tokens_in_cache()
+    beside = reads.buffer(num_tokens)
+    for tokens_TX, out in zip(reads.matrix_TX.split(num_tokens), out_TY.split(num_tokens), strict=True):
+        for product, (matrix, bias, out_Ty) in enumerate(zip(matrices, biases, out.split(width, 1), strict=True)):
+            if matrix is None:
+                out_Ty.copy_(out_Ty.new_zeros(()) if bias is None else bias)
+            elif bias is None:
+                torch.mm(beside(product, tokens_TX), matrix, out=out_Ty)
+            else:
+                torch.addmm(bias, beside(product, tokens_TX), matrix, out=out_Ty)
+    return out_TY
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(bias, a, b, out=out)
+def _pieces(lists: BlockLists, grid: Grid, packed: bool) -> Tensor:
+    """Where the pieces of living blocks are among those of a weight [P], block by block."""
+    if packed:
+        return torch.arange(len(lists.columns) * grid.block_rows, dtype=torch.int32)
+    rows, columns = lists.places()
+    within_r = torch.arange(grid.block_rows, dtype=torch.int32)
+    return ((rows[:, None] * grid.block_rows + within_r) * grid.num_columns + columns[:, None]).flatten()
+
+
+def _by_column(pieces_P: Tensor, lists: BlockLists) -> Tensor:
+    """Pieces in the order of blocks counted column by column."""
+    return pieces_P.view(len(lists.order), -1)[lists.order].flatten() if len(lists.order) else pieces_P
+
+
+def _select(weight: Tensor, pieces_P: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Pieces of a dense or packed weight [P, c], in the dtype of the computation."""
+    return weight.view(-1, grid.block_columns).index_select(0, pieces_P).to(dtype)
+
+
+def _first_of_run(slabs: list[int]) -> int | None:
+    """The first of slabs that are neighbours; None if they are not."""
+    return slabs[0] if slabs and slabs[-1] - slabs[0] == len(slabs) - 1 else None

@@ -81,7 +81,14 @@ def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
     layout, (tokens, outputs, inputs) = _layout(problem), problem.sizes
-    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), layout.index, layout.grid, False
+    return (
+        _random(problem, tokens, outputs),
+        _random(problem, tokens, inputs),
+        layout.index,
+        layout.grid,
+        False,
+        problem.dtype,
+    )
 
 
 def _operation(name: str, what: str, arguments: Callable[[Problem], Sequence[Any]]) -> Operation:

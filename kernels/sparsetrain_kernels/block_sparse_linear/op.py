@@ -28,7 +28,7 @@ def block_sparse_linear(
 
     Args:
         x: Inputs [..., K] in float32, bfloat16, float16 or float64; cast to autocast's dtype where that is on.
-        weight: Dense [N, K] or packed [B, r, c], cast to the dtype of x. What a dense one holds in
+        weight: Dense [N, K] or packed [B, r, c], cast to the dtype of the computation. What a dense one holds in
             dead blocks is ignored.
         layout: The living blocks, on the device of x.
         bias: [N].
@@ -47,7 +47,9 @@ def block_sparse_linear(
     _check(x, weight, layout, bias, dtype, dense_gradient)
     x_TK = x.to(dtype).reshape(-1, x.shape[-1])
     bias_N = None if bias is None else bias.to(dtype)
-    y_TN: Tensor = _linear(x_TK, weight.to(dtype), bias_N, layout.index, list(layout.grid), zeroed, dense_gradient)
+    if not x.is_cpu:
+        weight = weight.to(dtype)  # once for all products; on a CPU the products cast what they read
+    y_TN: Tensor = _linear(x_TK, weight, bias_N, layout.index, list(layout.grid), zeroed, dense_gradient)
     return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
 
@@ -117,16 +119,19 @@ def _(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: list[int], zeroed: boo
 
 
 @torch.library.custom_op("sparsetrain::block_sparse_linear_weight_gradient", mutates_args=())
-def _weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool) -> Tensor:
+def _weight_gradient(
+    dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool, dtype: torch.dtype
+) -> Tensor:
     problem = _problem(x_TK, index, grid)
-    return WEIGHT_GRADIENT.run(x_TK, problem, dy_TN.contiguous(), x_TK.contiguous(), index, Grid(*grid), packed)  # type: ignore[no-any-return]
+    arguments = dy_TN.contiguous(), x_TK.contiguous(), index, Grid(*grid), packed, dtype
+    return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 
 
 @_weight_gradient.register_fake
-def _(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool) -> Tensor:
+def _(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool, dtype: torch.dtype) -> Tensor:
     if packed:
-        return x_TK.new_empty((index.shape[0] - grid[0] - grid[1] - 2) // 3, grid[2], grid[3])
-    return x_TK.new_empty(grid[0] * grid[2], grid[1] * grid[3])
+        return x_TK.new_empty((index.shape[0] - grid[0] - grid[1] - 2) // 3, grid[2], grid[3], dtype=dtype)
+    return x_TK.new_empty(grid[0] * grid[2], grid[1] * grid[3], dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -140,9 +145,9 @@ def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     dx = _input_gradient(dy_TN, weight, index, ctx.grid, ctx.zeroed) if needs_x else None
     dw = None
     if needs_weight and ctx.dense_gradient:
-        dw = dy_TN.T @ x_TK
+        dw = (dy_TN.T @ x_TK).to(weight.dtype)
     elif needs_weight:
-        dw = _weight_gradient(dy_TN, x_TK, index, ctx.grid, weight.ndim == 3)
+        dw = _weight_gradient(dy_TN, x_TK, index, ctx.grid, weight.ndim == 3, weight.dtype)
     db = dy_TN.sum(0) if needs_bias else None
     return dx, dw, db, None, None, None, None
 

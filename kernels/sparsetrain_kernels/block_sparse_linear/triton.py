@@ -35,11 +35,12 @@ def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zer
 
 
 @on_its_device
-def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool) -> Tensor:
+def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
     """The living blocks of dyᵀ x, packed or in a dense tensor of zeros."""
     lists = unpack_index(index, grid)
     num_blocks = len(lists.columns)
-    gradient = dy_TN.new_empty(num_blocks, *grid[2:]) if packed else dy_TN.new_zeros(grid.shape)
+    shape = (num_blocks, *grid[2:]) if packed else grid.shape
+    gradient = (dy_TN.new_empty if packed else dy_TN.new_zeros)(shape, dtype=dtype)
     if num_blocks == 0 or gradient.numel() == 0:
         return gradient
     rows, columns = lists.places()
@@ -78,6 +79,7 @@ def _gather_products(
     """Per list of blocks, the sum of products of slabs of `a` with its blocks: out = a Wᵀ by rows, a W by columns."""
     if out.numel() == 0:
         return out
+    weight = weight.to(a.dtype)
     by_column = order is not None
     block_in, block_out = grid[2:] if by_column else (grid.block_columns, grid.block_rows)
     tile_in, tile_out, tile_t = min(block_in, _MAX_TILE), min(block_out, 2 * _MAX_TILE), 16 if len(a) <= 16 else 64
