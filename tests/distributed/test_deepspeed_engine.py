@@ -16,7 +16,7 @@ from sparsetrain.models.sparse_linear import PRODUCTS
 from sparsetrain.parallel import join_world
 from sparsetrain.planning.rank_bytes import rank_bytes
 from sparsetrain.sharding import weight_shapes
-from sparsetrain.testing import assert_close, run_distributed
+from sparsetrain.testing import run_distributed
 from sparsetrain.testing.parity import (
     EXPERT_LAYOUTS,
     LAYOUTS,
@@ -30,7 +30,7 @@ from sparsetrain.testing.parity import (
     train_layouts,
 )
 from sparsetrain.training import train
-from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
+from tests.distributed.moving_runs import assert_same_run, beside, train_pieces
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 pytest.importorskip("deepspeed")
@@ -177,14 +177,7 @@ def config_of(folder: Path, layout: str, output: str, **changes: Any) -> RunConf
 
 
 def train_stages(folder: Path, output: str, stages: list[tuple[str, int]]) -> None:
-    """Each stage trains one more piece of the same run; step 0 stands for the end."""
-    for layout, step in stages:
-        config = config_of(folder, layout, output)
-        if step:
-            with pytest.raises(Interrupted):
-                train_until(config, step=step, on_existing="resume")
-        else:
-            train(config, on_existing="resume")
+    train_pieces((config_of(folder, layout, output), step) for layout, step in stages)
 
 
 SETTINGS = {"train__precision": "bf16", "train__activation_checkpointing": True}
@@ -206,17 +199,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "corpus")
     train_stages(folder, "run", [("torch", 0)])
     return folder
-
-
-def assert_same_run(found: Path, wanted: Path) -> None:
-    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-3), ("density", 0.0)):
-        expected = [row[key] for row in rows_of(wanted)]
-        assert [row[key] for row in rows_of(found)] == pytest.approx(expected, rel=tolerance), key
-    ours, theirs = saved_tensors(found), saved_tensors(wanted)
-    assert ours.keys() == theirs.keys()
-    assert any(key.startswith("optimizer/") for key in theirs)
-    for key, tensor in theirs.items():
-        assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

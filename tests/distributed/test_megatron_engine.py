@@ -8,19 +8,20 @@ import pytest
 
 from sparsetrain.config import RunConfig
 from sparsetrain.moe.placement import LoadTrace
-from sparsetrain.testing import assert_close, run_distributed
-from sparsetrain.testing.megatron_cpu import megatron_on_cpu
+from sparsetrain.testing import run_distributed
 from sparsetrain.testing.parity import Curve, Difference, megatron_layouts, train_layouts
-from sparsetrain.training import train
 from sparsetrain.training.expert_trace import TRACE_FILE
 from sparsetrain.training.metrics import read_evals
 from sparsetrain.training.summary import SUMMARY_FILE
-from tests.distributed.test_training import Interrupted, beside, saved_tensors, train_until
+from tests.distributed.moving_runs import assert_same_run, beside, train_pieces
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 pytest.importorskip("megatron.core")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+GRAD_NORM_BOUNDS = {"dense": 1e-4, "sparse": 1e-4, "blocks": 1e-4, "recipe": 1e-4, "moe": 1e-3}
+"""Relative. Adam makes rounding grow from step to step, most where routers then choose other experts for a few tokens:
+on the model with experts torch's own fully_shard ends up 1.1e-4 from DDP, and layouts of Megatron up to 4.4e-4."""
 STEPS = {"dense": 20, "sparse": 20, "blocks": 6, "recipe": 6, "moe": 20}
 
 
@@ -37,7 +38,7 @@ def assert_alike(found: dict[str, dict[str, Curve]], world_size: int) -> None:
             difference = Difference.between(curve, reference)
             assert difference.loss <= 1e-5, (kind, name)
             assert curve.grad_norm[0] == pytest.approx(reference.grad_norm[0], rel=1e-6), (kind, name)
-            assert difference.grad_norm <= 1e-3, (kind, name)  # Adam makes rounding grow from step to step
+            assert difference.grad_norm <= GRAD_NORM_BOUNDS[kind], (kind, name)
             assert difference.same_masks, (kind, name)
 
 
@@ -86,22 +87,7 @@ def config_of(folder: Path, layout: str, output: str, **changes: Any) -> RunConf
 
 
 def train_stages(folder: Path, output: str, stages: list[tuple[str, int]], **changes: Any) -> None:
-    """Each stage trains one more piece of the same run; step 0 stands for the end."""
-    for layout, step in stages:
-        config = config_of(folder, layout, output, **changes)
-        if config.parallel.engine == "megatron":
-            with megatron_on_cpu():
-                _train_stage(config, step)
-        else:
-            _train_stage(config, step)
-
-
-def _train_stage(config: RunConfig, step: int) -> None:
-    if step:
-        with pytest.raises(Interrupted):
-            train_until(config, step=step, on_existing="resume")
-    else:
-        train(config, on_existing="resume")
+    train_pieces((config_of(folder, layout, output, **changes), step) for layout, step in stages)
 
 
 def train_runs(folder: Path) -> None:
@@ -128,17 +114,6 @@ def on_two_ranks(alone: Path) -> Path:
     folder = beside(alone, "two")
     run_distributed(train_runs, 2, folder, timeout_s=580)
     return folder
-
-
-def assert_same_run(found: Path, wanted: Path) -> None:
-    for key, tolerance in (("loss", 2e-5), ("grad_norm", 1e-3), ("density", 0.0)):
-        expected = [row[key] for row in rows_of(wanted)]
-        assert [row[key] for row in rows_of(found)] == pytest.approx(expected, rel=tolerance), key
-    ours, theirs = saved_tensors(found), saved_tensors(wanted)
-    assert ours.keys() == theirs.keys()
-    assert any(key.startswith("optimizer/") for key in theirs)
-    for key, tensor in theirs.items():
-        assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4)
 
 
 def evaluations(output: Path) -> list[float]:
