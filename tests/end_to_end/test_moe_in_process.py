@@ -141,7 +141,11 @@ def test_the_load_trace_of_another_model_is_refused_before_anything_starts(folde
         preflight(config)
 
 
-def test_a_process_can_train_one_sharded_run_after_another(folder: Path) -> None:
+def test_a_process_can_train_one_sharded_run_after_another(folder: Path, dense: Path) -> None:
     """Torch remembers meshes across process groups; that of the first run has more groups than the second's."""
     train(config_of(folder, "first", MOE, parallel__shard="full", parallel__experts="ep"))
     train(config_of(folder, "second", None, parallel__shard="full"))
+
+    for key in ("loss", "grad_norm"):
+        alone = [row[key] for row in rows_of(dense)]
+        assert [row[key] for row in rows_of(folder / "second")] == alone, key
