@@ -91,19 +91,17 @@ _AnySingle = Annotated[Annotated[SinglePattern, Field(discriminator="kind")], Be
 
 
 class _Combination(HeadPattern):
+    of: tuple[HeadPattern, ...]
+    """What is combined."""
+
     @model_validator(mode="after")
     def _heads_are_counted_once(self) -> Self:
-        for index, part in enumerate(self.parts):
+        for index, part in enumerate(self.of):
             if part.num_heads is not None:
                 raise KeyConflict(
                     f"of.{index}.num_heads", "a part of a pattern has no heads of its own; write it outside"
                 )
         return self
-
-    @property
-    def parts(self) -> tuple[HeadPattern, ...]:
-        """What is combined."""
-        raise NotImplementedError
 
 
 class Intersection(_Combination):
@@ -111,11 +109,6 @@ class Intersection(_Combination):
 
     kind: Literal["intersection"]
     of: Annotated[tuple[_AnySingle, ...], AfterValidator(_at_least(2))]
-
-    @property
-    def parts(self) -> tuple[HeadPattern, ...]:
-        """What is combined."""
-        return self.of
 
 
 class Union(_Combination):
@@ -131,11 +124,6 @@ class Union(_Combination):
         ],
         AfterValidator(_at_least(2)),
     ]
-
-    @property
-    def parts(self) -> tuple[HeadPattern, ...]:
-        """What is combined."""
-        return self.of
 
 
 PatternConfig = SinglePattern | Union | Intersection

@@ -4,15 +4,18 @@ Every pattern says which key blocks j a query block i sees. Widths, strides and 
 borders (the causal diagonal, the ends of documents) are the attention operator's business.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.block_layout.numbers import check_integer
+
 
 @dataclass(frozen=True)
-class Pattern:
+class Pattern(ABC):
     """Base of all patterns."""
 
     @property
@@ -29,14 +32,15 @@ class Pattern:
         seen = self._seen(n, num_tokens, block, head, causal)
         return seen.tril() if causal else seen
 
+    @abstractmethod
     def _seen(self, n: int, num_tokens: int, block: int, head: int, causal: bool) -> Tensor:
-        raise NotImplementedError
+        """As `mask`, for n blocks; what is above the diagonal may be anything."""
 
     def __or__(self, other: "Pattern") -> "Pattern":
-        return _Combined(self, other, "|", torch.logical_or)
+        return _Combined(self, _pattern(other, "|"), "|", torch.logical_or)
 
     def __and__(self, other: "Pattern") -> "Pattern":
-        return _Combined(self, other, "&", torch.logical_and)
+        return _Combined(self, _pattern(other, "&"), "&", torch.logical_and)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Local(Pattern):
     width: int
 
     def __post_init__(self) -> None:
-        _at_least("Local.width", self.width, 1)
+        check_integer("Local.width", self.width)
 
     def _seen(self, n: int, num_tokens: int, block: int, head: int, causal: bool) -> Tensor:
         return _distances(n).abs() < self.width
@@ -67,7 +71,7 @@ class Sink(Pattern):
     width: int
 
     def __post_init__(self) -> None:
-        _at_least("Sink.width", self.width, 1)
+        check_integer("Sink.width", self.width)
 
     def _seen(self, n: int, num_tokens: int, block: int, head: int, causal: bool) -> Tensor:
         return (torch.arange(n) < self.width).expand(n, n).clone()
@@ -84,7 +88,9 @@ class Strided(Pattern):
     offset: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least("Strided.stride", self.stride, 1)
+        check_integer("Strided.stride", self.stride)
+        if self.offset is not None:
+            check_integer("Strided.offset", self.offset, least=0)
 
     @property
     def differs_by_head(self) -> bool:
@@ -104,8 +110,8 @@ class Dilated(Pattern):
     dilation: int
 
     def __post_init__(self) -> None:
-        _at_least("Dilated.width", self.width, 1)
-        _at_least("Dilated.dilation", self.dilation, 1)
+        check_integer("Dilated.width", self.width)
+        check_integer("Dilated.dilation", self.dilation)
 
     def _seen(self, n: int, num_tokens: int, block: int, head: int, causal: bool) -> Tensor:
         distance = _distances(n).abs()
@@ -124,7 +130,10 @@ class Random(Pattern):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("Random.count", self.count, 1)
+        check_integer("Random.count", self.count)
+        check_integer("Random.seed", self.seed, least=0)
+        if self.seed >= 2**63:
+            raise ValueError(f"Random.seed={self.seed}: must be below 2^63")
 
     @property
     def differs_by_head(self) -> bool:
@@ -150,11 +159,16 @@ class Document(Pattern):
     cu_seqlens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ordered = all(a <= b for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False))
-        if len(self.cu_seqlens) < 2 or self.cu_seqlens[0] != 0 or not ordered:
+        borders = self.cu_seqlens
+        if not isinstance(borders, tuple | list):
             raise ValueError(
-                f"Document.cu_seqlens={self.cu_seqlens}: must start with 0 and ascend, e.g. (0, 300, 1024)"
+                f"Document.cu_seqlens is a {type(borders).__name__}: must be a tuple of integers; "
+                "tuple(cu_seqlens.tolist()) makes one of a tensor"
             )
+        for place, border in enumerate(borders):
+            check_integer(f"Document.cu_seqlens[{place}]", border, least=0)
+        if len(borders) < 2 or borders[0] != 0 or list(borders) != sorted(borders):
+            raise ValueError(f"Document.cu_seqlens={borders}: must start with 0 and ascend, e.g. (0, 300, 1024)")
 
     def _seen(self, n: int, num_tokens: int, block: int, head: int, causal: bool) -> Tensor:
         if self.cu_seqlens[-1] != num_tokens:
@@ -176,6 +190,8 @@ class Explicit(Pattern):
     blocks: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Tensor):
+            raise ValueError(f"Explicit.blocks is a {type(self.blocks).__name__}: must be a bool tensor")
         if self.blocks.dtype != torch.bool or self.blocks.ndim not in (2, 3):
             raise ValueError(
                 f"Explicit.blocks is {self.blocks.dtype} {list(self.blocks.shape)}: must be bool [n, n] or [H, n, n]"
@@ -231,6 +247,13 @@ PATTERNS: dict[str, type[Pattern]] = {
 """Patterns by the names that they have in configurations."""
 
 
+def _pattern(other: object, symbol: str) -> Pattern:
+    """The right side of `|` or `&`."""
+    if not isinstance(other, Pattern):
+        raise ValueError(f"pattern {symbol} {other!r}: the right side must be a pattern too, such as Local(4)")
+    return other
+
+
 def num_blocks(num_tokens: int, block: int) -> int:
     """Blocks that hold a sequence; the last may be partly empty."""
     return -(-num_tokens // block)
@@ -252,8 +275,3 @@ def _scrambled(x: Tensor) -> Tensor:
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right: `>>` would carry the sign along."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value}: must be at least {least}")
