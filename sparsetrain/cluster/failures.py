@@ -12,6 +12,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 from ray.train.v2.api.callback import UserCallback
 
 from sparsetrain.cluster.events import put_events
+from sparsetrain.cluster.resources import forget_lost_nodes
 from sparsetrain.errors import SparsetrainError
 
 MAX_RANKS_SHOWN = 6
@@ -78,10 +79,15 @@ class FailurePolicy(UserCallback):  # type: ignore[misc]  # Ray is untyped
     """Runs on Ray Train's controller: decides which failures end the run at once, and tells the driver of the others.
 
     An exception raised here is not retried by the controller, whatever `FailureConfig.max_failures` says.
+
+    Args:
+        hub: Actor that takes events.
+        is_elastic: The next group has as many workers as then fit: nodes that have gone must not be counted in.
     """
 
-    def __init__(self, hub: Any) -> None:
+    def __init__(self, hub: Any, *, is_elastic: bool) -> None:
         self._hub = hub
+        self._is_elastic = is_elastic
         self._steps_before = 0
         self._failure_before: RankFailure | None = None
 
@@ -101,6 +107,8 @@ class FailurePolicy(UserCallback):  # type: ignore[misc]  # Ray is untyped
             raise RestartUseless(failed)
         self._steps_before, self._failure_before = steps, failure
         put_events(self._hub, [failed])
+        if self._is_elastic:
+            forget_lost_nodes()
 
 
 def describe(error: Exception) -> RankFailure:

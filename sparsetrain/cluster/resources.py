@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -15,6 +17,9 @@ from sparsetrain.errors import ClusterError
 
 _POLL_EVERY_S = 1.0
 _COUNT_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 2.0
+_LOSS_TIMEOUT_S = 30.0
+"""Ray takes a node for gone when it has not answered some five times in a row: after a quarter of a minute."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,27 @@ def count_nodes_anew() -> None:
     with contextlib.suppress(ValueError, GetTimeoutError):  # there is none yet, and one that starts counts at once
         coordinator = ray.get_actor(name, namespace=name)
         ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=_COUNT_TIMEOUT_S)
+
+
+def forget_lost_nodes() -> None:
+    """Wait until Ray, too, takes the nodes that no longer answer for gone, and let Ray Train see what is left.
+
+    Ray notices late that a node has died. Until then an elastic run would be started again for that node as well, and
+    would wait in vain for the workers there.
+    """
+    deadline = time.monotonic() + _LOSS_TIMEOUT_S
+    while not all(map(_answers, (node for node in ray.nodes() if node["Alive"]))) and time.monotonic() < deadline:
+        time.sleep(_POLL_EVERY_S)
+    count_nodes_anew()
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether Ray still listens on a node."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _may_grow() -> bool:

@@ -22,7 +22,7 @@ from sparsetrain.errors import ClusterError
 _END_TIMEOUT_S = 5.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Tensors never go through Ray's object store; without this it would claim 30 % of the memory."""
-_FRUGAL = {
+FRUGAL = {
     "prestart_worker_first_driver": False,
     "enable_worker_prestart": False,
     "enable_metrics_collection": False,
@@ -120,7 +120,7 @@ def _local_ray(request: Request, env_vars: Mapping[str, str]) -> Iterator[None]:
                     include_dashboard=False,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     _temp_dir=str(folder),
-                    _system_config=_FRUGAL,
+                    _system_config=FRUGAL,
                 )
             except Exception as error:
                 raise ClusterError(

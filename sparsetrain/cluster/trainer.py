@@ -171,7 +171,7 @@ class _Run:
                     controller_failure_limit=cluster.max_restarts
                     + (_ELASTIC_STARTS_A_RESTART * (1 + cluster.max_restarts) if self._is_elastic else 0),
                 ),
-                callbacks=[FailurePolicy(self._hub)],
+                callbacks=[FailurePolicy(self._hub, is_elastic=self._is_elastic)],
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._num_threads)}},
                 logging_config=LoggingConfig(log_level="CRITICAL"),
             ),

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsetrain.cluster import check_cluster, run_on_ray
 from sparsetrain.cluster.packages import find_packages
+from sparsetrain.cluster.session import FRUGAL
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.training import train
 from sparsetrain.training.events import CheckpointSaved, Event, Notice, RunStarted
@@ -47,7 +48,10 @@ MOE = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # A lost node is noticed after five checks in vain, three seconds apart by default. Slow answers still are answers.
+    quick_to_notice = {"health_check_period_ms": 300}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": {**FRUGAL, **quick_to_notice}}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(3):
             cluster.add_node(num_cpus=2)

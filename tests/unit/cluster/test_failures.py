@@ -92,23 +92,33 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 def test_a_users_error_ends_the_run_at_once(hub: FakeHub) -> None:
     error = DataError("data.source: no such file")
     with pytest.raises(DataError, match="no such file"):
-        FailurePolicy(hub).after_exception(None, {0: rank_error(RuntimeError("connection closed by peer")), 1: error})
+        FailurePolicy(hub, is_elastic=False).after_exception(
+            None, {0: rank_error(RuntimeError("connection closed by peer")), 1: error}
+        )
 
 
 def test_dead_workers_are_restarted_again_and_again(hub: FakeHub) -> None:
-    policy = FailurePolicy(hub)
+    policy = FailurePolicy(hub, is_elastic=False)
     for _ in range(3):
         policy.after_exception(None, {1: ActorDiedError()})
     assert [type(event) for event in hub.events] == [GroupFailed] * 3
 
 
+def test_only_an_elastic_run_asks_which_nodes_are_left(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(failures, "forget_lost_nodes", lambda: asked.append(len(hub.events)))
+    for is_elastic in (False, True):
+        FailurePolicy(hub, is_elastic=is_elastic).after_exception(None, {1: ActorDiedError()})
+    assert asked == [2], "once, after the driver was told"
+
+
 def test_an_exception_before_the_first_step_is_not_retried(hub: FakeHub) -> None:
     with pytest.raises(RestartUseless):
-        FailurePolicy(hub).after_exception(None, {0: rank_error(TypeError("bug"))})
+        FailurePolicy(hub, is_elastic=False).after_exception(None, {0: rank_error(TypeError("bug"))})
 
 
 def test_an_exception_that_comes_back_is_not_retried_again(hub: FakeHub) -> None:
-    policy, error = FailurePolicy(hub), rank_error(TypeError("bug"))
+    policy, error = FailurePolicy(hub, is_elastic=False), rank_error(TypeError("bug"))
     hub.steps = 25
     policy.after_exception(None, {0: error})
     hub.steps = 30

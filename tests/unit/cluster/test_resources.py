@@ -1,7 +1,10 @@
+import socket
+from unittest.mock import Mock
+
 import pytest
 
 from sparsetrain.cluster import resources
-from sparsetrain.cluster.resources import Request, check_machine, wait_for_cluster
+from sparsetrain.cluster.resources import Request, check_machine, forget_lost_nodes, wait_for_cluster
 from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
 
@@ -89,3 +92,25 @@ def test_an_elastic_run_needs_room_for_its_fewest_workers() -> None:
     request = Request.from_config(cluster)
     assert (request.workers, request.least.workers) == (4, 2)
     assert Request.from_config(ClusterConfig(workers=4)).least.workers == 4
+
+
+@pytest.mark.parametrize(("noticed_after", "waited"), [(3, 3.0), (None, 30.0)], ids=["noticed", "never-noticed"])
+def test_a_node_that_is_gone_is_waited_for_until_ray_has_noticed(
+    monkeypatch: pytest.MonkeyPatch, noticed_after: int | None, waited: float
+) -> None:
+    clock = FakeCluster(monkeypatch, total=4, free=[4], may_grow=False)
+    count = Mock()
+    monkeypatch.setattr(resources, "count_nodes_anew", count)
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as closing:
+        there, gone = here.getsockname()[1], closing.getsockname()[1]
+        closing.close()
+
+        def nodes() -> list[dict[str, object]]:
+            place = {"Alive": True, "NodeManagerAddress": "127.0.0.1"}
+            gone_is_alive = noticed_after is None or clock.now < noticed_after
+            return [place | {"NodeManagerPort": there}, place | {"NodeManagerPort": gone, "Alive": gone_is_alive}]
+
+        monkeypatch.setattr(resources.ray, "nodes", nodes)
+        forget_lost_nodes()
+    assert clock.now == waited
+    assert count.call_count == 1
