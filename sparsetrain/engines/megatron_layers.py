@@ -140,14 +140,15 @@ class BlockSparseCore(nn.Module):
         assert isinstance(model.attention, BlockSparseConfig)
         self._first_head = first_head
         self._layouts = shared_layouts(model.attention, model.num_heads)
-        self._sliced: dict[tuple[int, torch.device], BlockLayout] = {}
+        self._sliced: dict[tuple[int, torch.device], BlockLayout] = {}  # by blocks of queries and where it lies
 
     def forward(self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         """Attend over whole sequences: [B, T, H, D]."""
         num_tokens, num_heads = q_BTHD.shape[1:3]
-        place = num_tokens, q_BTHD.device
+        layout = self._layouts.at(num_tokens, q_BTHD.device)  # of all heads
+        place = layout.num_query_blocks, q_BTHD.device
         if place not in self._sliced:
-            self._sliced[place] = self._layouts.at(*place).slice_heads(self._first_head, self._first_head + num_heads)
+            self._sliced[place] = layout.slice_heads(self._first_head, self._first_head + num_heads)
         borders = None if document_ids_BT is None else document_borders(document_ids_BT)
         return block_sparse_attention(q_BTHD, k_BTKD, v_BTKD, self._sliced[place], causal=True, cu_seqlens=borders)
 
@@ -242,7 +243,7 @@ class ParallelFeedForward(FeedForward):
 
     def __init__(self, model: ModelConfig, ranks: TensorParallel) -> None:
         is_llama, bias = model.arch == "llama", model.arch == "gpt2"
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not its own, which makes whole matrices
         self._ranks = ranks
         self.gate = column_parallel(ranks, model.dim, model.hidden_dim, bias) if is_llama else None
         self.up = column_parallel(ranks, model.dim, model.hidden_dim, bias)
