@@ -1,5 +1,8 @@
 """Sigmoid scores, and a bias that evens out the load without a loss."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,8 @@ class SigmoidTopKRouter(LearnedRouter):
     """s = sigmoid(W x); a token uses the top_k experts of the largest s + bias (arXiv 2408.15664; DeepSeek-V3).
 
     The weights are s without the bias, divided by their sum with `renormalise`, times `scale`. After each step the bias
-    of an expert moves by bias_update_rate · sign(mean load − its load). For losses, scores are s/Σs.
+    of an expert moves by bias_update_rate · sign(mean load − its load). For losses, scores are s/Σs. In a model that is
+    cast to half precision the bias stays float32: there 0.5 + 0.001 is 0.5.
     """
 
     def __init__(self, config: SigmoidTopK, dim: int, num_experts: int, top_k: int) -> None:
@@ -48,3 +52,11 @@ class SigmoidTopKRouter(LearnedRouter):
             if shard.name == "bias":
                 local = shard.local_weight()
                 local.add_(shard.cut(move_E).to(local))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and the like go through."""
+        exact_E = self.bias.detach()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.bias.dtype.itemsize < 4:
+            self.bias.data = exact_E.to(self.bias.device)
+        return self

@@ -202,6 +202,17 @@ def test_the_bias_evens_out_a_skewed_load():
     assert after.max() < 110
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_bias_of_a_model_in_half_precision_does_not_stand_still(dtype):
+    layer = MoELayer(DIM, 4, 4, 1, router="sigmoid_topk").to(dtype)
+    layer.router.bias.data.fill_(0.5)
+    layer.router.after_step(torch.tensor([10, 2, 0, 0]))
+    assert layer.router.weight.dtype == dtype
+    assert layer(torch.ones(SEQ_LEN, DIM, dtype=dtype)).dtype == dtype
+    assert_close(layer.router.bias, torch.tensor([0.499, 0.501, 0.501, 0.501]))
+    assert layer.double().router.bias.dtype == torch.float64
+
+
 def test_the_bias_is_a_weight_that_no_optimizer_touches():
     router = build(SigmoidTopK(kind="sigmoid_topk"), 4, 1)
     assert {shard.name for shard in weight_shards(router)} == {"weight", "bias"}
