@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsetrain_kernels import expert_ffn, moe_ffn, permute, sort_by_expert, unpermute
+from sparsetrain_kernels import (
+    expert_ffn,
+    expert_ffn_backward,
+    expert_ffn_forward,
+    moe_ffn,
+    permute,
+    sort_by_expert,
+    unpermute,
+)
 from sparsetrain_kernels.expert_ffn import reference
 from sparsetrain_kernels.row_backend import force_rows
 from torch import Tensor
@@ -118,6 +126,71 @@ def test_expert_ffn_takes_rows_of_any_strides_and_expanded_gradients(device: str
 
 
 @on_both
+@pytest.mark.parametrize("counts", [[33, 0, 17], [0, 0, 0]], ids=["uneven", "no-rows"])
+@forms
+@pytest.mark.parametrize(
+    ("dtype", "gradient_dtype", "bound"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.float32, torch.float64, 1e-5),
+        (torch.bfloat16, torch.float32, 2.5e-2),
+    ],
+    ids=["fp32", "fp32-into-fp64", "bf16-into-fp32"],
+)
+def test_functions_on_lists_add_to_gradients_wherever_the_weights_lie(
+    device: str,
+    counts: list[int],
+    activation: str,
+    bias: bool,
+    dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+    bound: float,
+    poisoned_memory: None,
+) -> None:
+    case = Case(counts, activation, bias, dim=20, ffn_dim=36)
+    x_RD, dy_RD = (random(sum(counts), case.dim, seed=seed, dtype=dtype).to(device) for seed in (6, 7))
+    stacks = case.weights(dtype)
+    before = [random(*w.shape, seed=8, dtype=gradient_dtype) for w in stacks]
+    lists, into = ([apart(w.to(device)) for w in each] for each in (stacks, before))
+    none = [None] * (4 - len(stacks))
+    y_RD, saved = expert_ffn_forward(x_RD, counts, *lists, *none, activation)
+    dx_RD = expert_ffn_backward(dy_RD, x_RD, saved, counts, *lists, *none, activation, *into, *none)
+
+    def plainly(x: Tensor, *weights: Tensor) -> Tensor:
+        options = dict(zip(("b_in", "b_out"), weights[2:], strict=False))
+        return reference.expert_ffn(x, case.counts_E, *weights[:2], activation=activation, **options)
+
+    y, dx, *dweights = gradients(plainly, dy_RD.cpu(), [t.cpu().double() for t in (x_RD, *stacks)])
+    added = [torch.stack(each).cpu() - b for each, b in zip(into, before, strict=True)]
+    assert_near([y_RD.cpu(), dx_RD.cpu(), *added], [y, dx, *dweights], bound)
+
+
+def apart(stack: Tensor) -> list[Tensor]:
+    """Matrices in tensors of their own, the last of them first in memory, at places that are not multiples of 16."""
+    memory = stack.new_empty(len(stack), stack[0].numel() + 1)
+    tensors = [row[1:].view(stack.shape[1:]) for row in reversed(memory.unbind())]
+    for tensor, values in zip(tensors, stack, strict=True):
+        tensor.copy_(values)
+    return tensors
+
+
+@on_both
+def test_lists_of_weights_that_do_not_match_are_refused(device: str) -> None:
+    case = Case([3, 2], "swiglu", bias=False)
+    x_RD = random(5, case.dim, seed=6, dtype=torch.float32).to(device)
+    w_in, w_out = ([*w.to(device)] for w in case.weights(torch.float32))
+    refused = {
+        "the weight of expert 1 is .*expected one shape, dtype and device": [w_in[0], w_in[1].double()],
+        r"the weight of expert 0, .* is not contiguous: pass .contiguous\(\)": [w.mT.contiguous().mT for w in w_in],
+    }
+    for message, wrong in refused.items():
+        with pytest.raises(ValueError, match=message):
+            expert_ffn_forward(x_RD, [3, 2], wrong, w_out, None, None, "swiglu")
+    with pytest.raises(ValueError, match="counts add up to 4 rows, and there are 5"):
+        expert_ffn_forward(x_RD, [3, 1], w_in, w_out, None, None, "swiglu")
+
+
+@on_both
 @precisions
 @pytest.mark.parametrize("token_R", [[0, 2, 2, 1, 5, 2], [4], []], ids=["uneven", "one-row", "no-rows"])
 def test_permute_and_unpermute_equal_plain_torch(
@@ -217,6 +290,7 @@ from sparsetrain_kernels.permute import triton_kernels as rows
 
 TYPES = {"ends_ptr": "*i32", "token_ptr": "*i64", "row_ptr": "*i64", "first_ptr": "*i64", "weight_ptr": "*fp32"}
 TYPES |= {"expert_ptr": "*i64", "counts_ptr": "*i64"}
+TYPES |= {f"{name}_place_ptr": "*i64" for name in ("w", "bias", "out", "bias_out")}
 TYPES |= {"dweight_ptr": "*fp32", "bias_ptr": "*fp32", "bias_out_ptr": "*fp32"}
 
 def build(kernel, pointer, constants):
@@ -232,15 +306,16 @@ def build(kernel, pointer, constants):
     compiled = compile(ASTSource(kernel, types, given, aligned), target=GPUTarget("cuda", 90, 32), options=options)
     print(kernel.__name__, pointer, compiled.metadata.shared <= 227 * 1024, len(compiled.asm["cubin"]) > 0)
 
-for dtype, pointer in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+STACKS = {f"{name}_place_ptr": None for name in ("w", "bias", "out", "bias_out")} | {"UNIT": 1}
+for dtype, pointer, where in ((torch.bfloat16, "*bf16", STACKS), (torch.float32, "*fp32", {"UNIT": 16})):
     like = torch.empty(0, dtype=dtype)
-    products = dict(PRECISION="ieee", UPCAST=False)
+    products = dict(PRECISION="ieee", UPCAST=False) | where
     tiles = host._tiles(like, 8 * 512, 8) | products
-    build(kernels.hidden_kernel, pointer, tiles | {"GATED": True, "bias_ptr": None})
+    build(kernels.hidden_kernel, pointer, tiles | {"GATED": True, "bias_ptr": None, "bias_place_ptr": None})
     build(kernels.hidden_kernel, pointer, tiles | {"GATED": False})
     build(kernels.hidden_gradient_kernel, pointer, tiles | {"GATED": True})
     build(kernels.product_kernel, pointer, tiles)
-    build(kernels.weight_gradient_kernel, pointer, host._outer_tiles(like) | products)
+    build(kernels.weight_gradient_kernel, pointer, host._outer_tiles(like) | products | {"ADD": where is not STACKS})
     for kernel in (rows.gather_kernel, rows.combine_kernel, rows.combine_backward_kernel):
         build(kernel, pointer, {"BLOCK_D": 1024})
 TYPES |= {name: "*i64" for name in ("first_ptr", "token_ptr", "row_ptr")}

@@ -1,6 +1,4 @@
-"""The forward and backward pass of experts one after the other, without autograd.
-
-For CPUs, and for callers that own the backward pass and hold an expert's weights in tensors of their own.
+"""The forward and backward pass of experts one after the other, in torch's own products, without autograd.
 
 Shapes: R rows, P rows filled up to whole tiles, E experts, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows,
 then up rows), F for GELU.
@@ -11,72 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.expert_ffn.blocks import Biases, Scratch, Weights, backward_block, blocks, forward_block
+from sparsetrain_kernels.expert_ffn.blocks import Scratch, Weights, backward_block, blocks, forward_block
 from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows, whole_tiles
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.precision import as_written
-
-
-def expert_ffn_forward(
-    x_RD: Tensor,
-    counts: Sequence[int],
-    w_in: Sequence[Tensor],
-    w_out: Sequence[Tensor],
-    b_in: Biases,
-    b_out: Biases,
-    activation: str,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Apply expert e to the e-th counts[e] rows.
-
-    Args:
-        x_RD: Rows sorted by expert.
-        counts: Rows of each expert; they add up to R. Zeros are allowed.
-        w_in: [H, D] of each expert, in the dtype of x.
-        w_out: [D, F] of each, in the dtype of x.
-        b_in: [H] of each, or None.
-        b_out: [D] of each, or None.
-        activation: swiglu or gelu (in the tanh form).
-
-    Returns:
-        y_RD: In the dtype of x.
-        saved: What the backward pass needs besides.
-    """
-    y_RD, h_PH = forward_of_rows(x_RD, counts, Weights(w_in, w_out, b_in, b_out), activation)
-    return y_RD, (h_PH,)
-
-
-def expert_ffn_backward(
-    dy_RD: Tensor,
-    x_RD: Tensor,
-    saved: tuple[Tensor, ...],
-    counts: Sequence[int],
-    w_in: Sequence[Tensor],
-    w_out: Sequence[Tensor],
-    b_in: Biases,
-    b_out: Biases,
-    activation: str,
-    dw_in: Sequence[Tensor],
-    dw_out: Sequence[Tensor],
-    db_in: Biases,
-    db_out: Biases,
-) -> Tensor:
-    """The gradient by x; those by weights and biases are added to the given tensors, of any float dtype.
-
-    Args:
-        dy_RD: Any float dtype and strides.
-        x_RD: As in the forward pass, as are `counts`, weights, biases and the activation.
-        saved: What the forward pass returned.
-        dw_in: [H, D] of each expert.
-        dw_out: [D, F] of each.
-        db_in: [H] of each, or None where there are no biases.
-        db_out: [D] of each, or None.
-
-    Returns:
-        dx_RD: In the dtype of x.
-    """
-    weights, gradients = Weights(w_in, w_out, b_in, b_out), Weights(dw_in, dw_out, db_in, db_out)
-    (h_PH,) = saved
-    return backward_of_rows(dy_RD, x_RD, h_PH, counts, weights, activation, gradients, add=True)
 
 
 def forward_of_rows(x_RD: Tensor, counts: Sequence[int], weights: Weights, activation: str) -> tuple[Tensor, Tensor]:

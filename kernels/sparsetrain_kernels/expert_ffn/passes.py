@@ -4,6 +4,7 @@ Shapes: T tokens, R rows, P rows rounded up, E experts, D model dim, F hidden di
 rows), F for GELU.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from sparsetrain_kernels.expert_ffn.blocks import Weights
 from sparsetrain_kernels.expert_ffn.by_expert import backward_of_rows, forward_of_rows
 from sparsetrain_kernels.expert_ffn.fused import moe_backward, moe_forward
+from sparsetrain_kernels.expert_ffn.matrices import stacked
 from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.row_backend import runs_triton
 
@@ -25,7 +27,7 @@ def rows_forward(x_RD: Tensor, counts_E: Tensor, stacks: Stacks, activation: str
     if not runs_triton(x_RD):
         return forward_of_rows(x_RD, counts_E.tolist(), Weights.unstack(*stacks), activation)
     ends_E = _ends(counts_E, len(x_RD))
-    y_RD, h_RH = _triton().forward(x_RD.contiguous(), None, ends_E, len(x_RD), _dense(stacks), activation)
+    y_RD, h_RH = _triton().forward(x_RD.contiguous(), None, ends_E, len(x_RD), stacked(*stacks), activation)
     return y_RD, h_RH
 
 
@@ -46,9 +48,11 @@ def rows_backward(
         weights = Weights.unstack(*stacks)
         return [backward_of_rows(dy_RD, x_RD, h_PH, counts, weights, activation, into, add=False), *_present(gradients)]
     dy_RD, x_RD = dy_RD.to(x_RD.dtype).contiguous(), x_RD.contiguous()
+    gradients = _new_gradients((), dtype, *stacks)
+    written = stacked(*gradients) if gradients else None
     ends_E = _ends(counts_E, len(x_RD))
-    dx_RD, gradients = _triton().backward(dy_RD, x_RD, None, h_PH, ends_E, _dense(stacks), activation, dtype)
-    return [dx_RD, *_present(gradients or ())]
+    dx_RD = _triton().backward(dy_RD, x_RD, None, h_PH, ends_E, stacked(*stacks), activation, written, add=False)
+    return [dx_RD, *_present(gradients)]
 
 
 def tokens_forward(
@@ -58,7 +62,7 @@ def tokens_forward(
     if not runs_triton(x_TD):
         return moe_forward(x_TD, token_R, weight_R, counts_E.tolist(), Weights.unstack(*stacks), activation)
     ends_E, x_TD = _ends(counts_E, len(token_R)), x_TD.contiguous()
-    y_RD, h_RH = _triton().forward(x_TD, token_R, ends_E, len(token_R), _dense(stacks), activation)
+    y_RD, h_RH = _triton().forward(x_TD, token_R, ends_E, len(token_R), stacked(*stacks), activation)
     return _rows().combine(y_RD, weight_R.contiguous(), token_R, len(x_TD)), h_RH, y_RD
 
 
@@ -85,8 +89,10 @@ def tokens_backward(
         return [dx, dweight, *_present(gradients)]
     ends_E, x_TD = _ends(counts_E, len(token_R)), x_TD.contiguous()
     dy_RD, dweight_R = _rows().combine_backward(dy_TD.contiguous(), y_PD, weight_R.contiguous(), token_R)
-    dx_RD, gradients = _triton().backward(dy_RD, x_TD, token_R, h_PH, ends_E, _dense(stacks), activation, dtype)
-    return [_rows().combine(dx_RD, None, token_R, len(x_TD)), dweight_R, *_present(gradients or ())]
+    gradients = _new_gradients((), dtype, *stacks)
+    written = stacked(*gradients) if gradients else None
+    dx_RD = _triton().backward(dy_RD, x_TD, token_R, h_PH, ends_E, stacked(*stacks), activation, written, add=False)
+    return [_rows().combine(dx_RD, None, token_R, len(x_TD)), dweight_R, *_present(gradients)]
 
 
 def _triton() -> Any:
@@ -102,12 +108,11 @@ def _ends(counts_E: Tensor, num_rows: int) -> Tensor:
     return counts_E.cumsum(0, dtype=torch.int32).clamp_(max=num_rows)
 
 
-def _dense(stacks: Stacks) -> Any:
-    return _triton().Stacks(*(None if stack is None else stack.contiguous() for stack in stacks))
+def _new_gradients(counts: Sequence[int], dtype: torch.dtype | None, *weights: Tensor | None) -> Any:
+    """Memory for the gradients of weights, zero for experts that have no rows by `counts`; nothing where dtype is None.
 
-
-def _new_gradients(counts: list[int], dtype: torch.dtype | None, *weights: Tensor | None) -> Any:
-    """Memory for the gradients of weights, zero for experts without rows; nothing where dtype is None."""
+    Triton's kernels write zeros themselves, and the host does not know the counts.
+    """
     if dtype is None:
         return ()
     stacks = tuple(None if w is None else new_result(w, *w.shape, dtype=dtype) for w in weights)

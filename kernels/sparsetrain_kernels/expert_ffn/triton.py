@@ -4,7 +4,6 @@ Shapes: R rows, E experts, T tokens, D model dim, F hidden dim, H = 2F for SwiGL
 """
 
 import os
-from typing import NamedTuple
 
 import torch
 import triton
@@ -12,22 +11,14 @@ from torch import Tensor
 
 from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.expert_ffn import triton_kernels as kernels
+from sparsetrain_kernels.expert_ffn.matrices import Experts, Matrices
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Stacks(NamedTuple):
-    """Weights of all experts, or their gradients; contiguous."""
-
-    w_in_EHD: Tensor
-    w_out_EDF: Tensor
-    b_in_EH: Tensor | None
-    b_out_ED: Tensor | None
-
-
 @on_its_device
 def forward(
-    x: Tensor, token_R: Tensor | None, ends_E: Tensor, num_rows: int, stacks: Stacks, activation: str
+    x: Tensor, token_R: Tensor | None, ends_E: Tensor, num_rows: int, experts: Experts, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Apply the experts.
 
@@ -36,15 +27,15 @@ def forward(
         token_R: int64, the token of each row; it is gathered while the first product reads it.
         ends_E: int32, one past each expert's last row.
         num_rows: R.
-        stacks: Weights in the dtype of x; biases in any.
+        experts: Weights in the dtype of x; biases in any.
         activation: swiglu or gelu.
 
     Returns:
         y_RD: Outputs, in the dtype of x.
         h_RH: Hidden activations before their nonlinearity.
     """
-    num_experts, in_dim, dim = stacks.w_in_EHD.shape
-    hidden_dim = stacks.w_out_EDF.shape[2]
+    num_experts, in_dim = len(ends_E), experts.w_in.base.shape[-2]
+    dim, hidden_dim = experts.w_out.base.shape[-2:]
     h_RH, a_RF, y_RD = (x.new_empty(num_rows, size) for size in (in_dim, hidden_dim, dim))
     if num_rows == 0:
         return y_RD, h_RH
@@ -52,8 +43,8 @@ def forward(
     kernels.hidden_kernel[_programs(num_rows, num_experts, hidden_dim, tiles)](
         x,
         token_R,
-        stacks.w_in_EHD,
-        stacks.b_in_EH,
+        *_pointers(experts.w_in),
+        *_pointers(experts.b_in),
         h_RH,
         a_RF,
         ends_E,
@@ -61,10 +52,11 @@ def forward(
         dim,
         hidden_dim,
         GATED=activation == "swiglu",
+        UNIT=experts.w_in.unit,
         **tiles,
         **_precision(x),
     )
-    return grouped_product(a_RF, stacks.w_out_EDF.mT, ends_E, stacks.b_out_ED), h_RH
+    return grouped_product(a_RF, experts.w_out.mT, ends_E, experts.b_out), h_RH
 
 
 @on_its_device
@@ -74,30 +66,33 @@ def backward(
     token_R: Tensor | None,
     h_RH: Tensor,
     ends_E: Tensor,
-    stacks: Stacks,
+    experts: Experts,
     activation: str,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Stacks | None]:
-    """The gradient by rows [R, D], and those by the weights in `dtype`, which are left out if it is None.
+    gradients: Experts | None,
+    *,
+    add: bool,
+) -> Tensor:
+    """The gradient by rows [R, D]; those by the weights are written to `gradients`, or added to what is there.
 
     Args:
         dy_RD: In the dtype of x; contiguous.
-        x: As in `forward`, as are `token_R`, `ends_E`, `stacks` and the activation.
+        x: As in `forward`, as are `token_R`, `ends_E`, `experts` and the activation.
         token_R: See `forward`.
         h_RH: What `forward` returned.
         ends_E: See `forward`.
-        stacks: See `forward`.
+        experts: See `forward`.
         activation: See `forward`.
-        dtype: Of the gradients by weights.
+        gradients: In any float dtype; None if they are not wanted.
+        add: Whether to add.
     """
     num_rows, dim = dy_RD.shape
-    num_experts, hidden_dim = len(ends_E), stacks.w_out_EDF.shape[2]
+    num_experts, hidden_dim = len(ends_E), experts.w_out.base.shape[-1]
     a_RF, dh_RH = x.new_empty(num_rows, hidden_dim), torch.empty_like(h_RH)
     if num_rows > 0:
         tiles = _tiles(x, num_rows, num_experts)
         kernels.hidden_gradient_kernel[_programs(num_rows, num_experts, hidden_dim, tiles)](
             dy_RD,
-            stacks.w_out_EDF,
+            *_pointers(experts.w_out),
             h_RH,
             a_RF,
             dh_RH,
@@ -106,36 +101,36 @@ def backward(
             dim,
             hidden_dim,
             GATED=activation == "swiglu",
+            UNIT=experts.w_out.unit,
             **tiles,
             **_precision(x),
         )
-    dx_RD = grouped_product(dh_RH, stacks.w_in_EHD, ends_E, None)
-    if dtype is None:
-        return dx_RD, None
-    has_bias = stacks.b_in_EH is not None
-    dw_in, db_in = grouped_outer_product(dh_RH, x, token_R, ends_E, dtype, sums=has_bias)
-    dw_out, db_out = grouped_outer_product(dy_RD, a_RF, None, ends_E, dtype, sums=has_bias)
-    return dx_RD, Stacks(dw_in, dw_out, db_in, db_out)
+    if gradients is not None:
+        grouped_outer_product(dh_RH, x, token_R, ends_E, gradients.w_in, gradients.b_in, add=add)
+        grouped_outer_product(dy_RD, a_RF, None, ends_E, gradients.w_out, gradients.b_out, add=add)
+    return grouped_product(dh_RH, experts.w_in, ends_E, None)
 
 
 @on_its_device
-def grouped_product(a_RK: Tensor, w_EKN: Tensor, ends_E: Tensor, bias_EN: Tensor | None) -> Tensor:
-    """a w[e] + bias[e] for the rows of each expert; weights of any strides. [R, N] in the dtype of a."""
-    (num_rows, size), num_outputs = a_RK.shape, w_EKN.shape[2]
+def grouped_product(a_RK: Tensor, w: Matrices, ends_E: Tensor, bias: Matrices | None) -> Tensor:
+    """a w[e] + bias[e] for the rows of each expert; w [K, N] of each, of any strides. [R, N] in the dtype of a."""
+    (num_rows, size), num_outputs, num_experts = a_RK.shape, w.base.shape[-1], len(ends_E)
     out_RN = a_RK.new_empty(num_rows, num_outputs)
     if out_RN.numel() == 0:
         return out_RN
-    tiles = _tiles(a_RK, num_rows, len(w_EKN))
-    kernels.product_kernel[_programs(num_rows, len(w_EKN), num_outputs, tiles)](
+    tiles = _tiles(a_RK, num_rows, num_experts)
+    kernels.product_kernel[_programs(num_rows, num_experts, num_outputs, tiles)](
         a_RK,
-        w_EKN,
-        bias_EN,
+        *_pointers(w),
+        *_pointers(bias),
         out_RN,
         ends_E,
-        len(w_EKN),
+        num_experts,
         size,
         num_outputs,
-        *w_EKN.stride(),
+        w.base.stride(0) if w.place_E is None else 0,
+        *w.base.stride()[-2:],
+        UNIT=w.unit,
         **tiles,
         **_precision(a_RK),
     )
@@ -144,27 +139,47 @@ def grouped_product(a_RK: Tensor, w_EKN: Tensor, ends_E: Tensor, bias_EN: Tensor
 
 @on_its_device
 def grouped_outer_product(
-    left_RN: Tensor, right: Tensor, token_R: Tensor | None, ends_E: Tensor, dtype: torch.dtype, *, sums: bool
-) -> tuple[Tensor, Tensor | None]:
-    """leftᵀ right[token] over the rows of each expert [E, N, K], and with `sums` the sums of left over them [E, N]."""
-    num_experts, num_left, num_right = len(ends_E), left_RN.shape[1], right.shape[1]
-    out_ENK = left_RN.new_empty(num_experts, num_left, num_right, dtype=dtype)
-    sums_EN = left_RN.new_empty(num_experts, num_left, dtype=dtype) if sums else None
+    left_RN: Tensor,
+    right: Tensor,
+    token_R: Tensor | None,
+    ends_E: Tensor,
+    out: Matrices,
+    sums: Matrices | None,
+    *,
+    add: bool,
+) -> None:
+    """Write leftᵀ right[token] over the rows of each expert to `out`, and the sums of left over them to `sums`.
+
+    Args:
+        left_RN: Contiguous.
+        right: [R, K], or without a row for each where `token_R` says which is each row's; in the dtype of left.
+        token_R: int64, or None.
+        ends_E: One past each expert's last row.
+        out: [N, K] of each, in any float dtype; contiguous.
+        sums: [N] of each, likewise.
+        add: Add to what is there. Otherwise experts without rows get zeros.
+    """
+    num_left, num_right = left_RN.shape[1], right.shape[1]
     tiles = _outer_tiles(left_RN)
-    programs = triton.cdiv(num_left, tiles["BLOCK_N"]), triton.cdiv(num_right, tiles["BLOCK_K"]), num_experts
+    programs = triton.cdiv(num_left, tiles["BLOCK_N"]), triton.cdiv(num_right, tiles["BLOCK_K"]), len(ends_E)
     kernels.weight_gradient_kernel[programs](
         left_RN,
         right,
         token_R,
-        out_ENK,
-        sums_EN,
+        *_pointers(out),
+        *_pointers(sums),
         ends_E,
         num_left,
         num_right,
+        ADD=add,
+        UNIT=out.unit,
         **tiles,
         **_precision(left_RN),
     )
-    return out_ENK, sums_EN
+
+
+def _pointers(matrices: Matrices | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if matrices is None else (matrices.base, matrices.place_E)
 
 
 def _tiles(a: Tensor, num_rows: int, num_experts: int) -> dict[str, int]:

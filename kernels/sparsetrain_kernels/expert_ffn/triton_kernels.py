@@ -24,6 +24,12 @@ def _find_tile(ends_ptr, E, tile, BLOCK_M: tl.constexpr, E_PADDED: tl.constexpr)
 
 
 @triton.jit
+def _of_expert(ptr, place_ptr, expert, place_in_stack, UNIT: tl.constexpr):
+    """Where an expert's matrix begins: at its place in units, or where there are none, in a stack."""
+    return ptr + place_in_stack if place_ptr is None else ptr + tl.load(place_ptr + expert) * UNIT
+
+
+@triton.jit
 def _gelu_parts(x):
     """sigmoid(2u) with gelu(x) = x · sigmoid(2u), which is its tanh form, and du/dx."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
@@ -35,7 +41,9 @@ def hidden_kernel(
     x_ptr,
     token_ptr,
     w_ptr,
+    w_place_ptr,
     bias_ptr,
+    bias_place_ptr,
     h_ptr,
     a_ptr,
     ends_ptr,
@@ -43,6 +51,7 @@ def hidden_kernel(
     D,
     F,
     GATED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -60,18 +69,19 @@ def hidden_kernel(
     has_row, has_n = row < end_row, n < F
     source = tl.load(token_ptr + row, mask=has_row, other=0) if token_ptr is not None else row
     x_row = x_ptr + source.to(tl.int64)[:, None] * D
-    w_col = w_ptr + expert * H * D + n.to(tl.int64)[None, :] * D
-    w_up_col = w_ptr + expert * H * D + (n.to(tl.int64) + F)[None, :] * D
+    w = _of_expert(w_ptr, w_place_ptr, expert, expert * H * D, UNIT)
+    w_col = w + n.to(tl.int64)[None, :] * D
+    w_up_col = w + (n.to(tl.int64) + F)[None, :] * D
     first = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, D, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         has_w = (k < D)[:, None] & has_n[None, :]
         x = tl.load(x_row + k[None, :], mask=has_row[:, None] & (k < D)[None, :], other=0.0)
-        w = tl.load(w_col + k[:, None], mask=has_w, other=0.0)
+        w_gate = tl.load(w_col + k[:, None], mask=has_w, other=0.0)
         if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        first = tl.dot(x, w, first, input_precision=PRECISION)
+            x, w_gate = x.to(tl.float32), w_gate.to(tl.float32)
+        first = tl.dot(x, w_gate, first, input_precision=PRECISION)
         if GATED:
             w_up = tl.load(w_up_col + k[:, None], mask=has_w, other=0.0)
             if UPCAST:
@@ -79,12 +89,13 @@ def hidden_kernel(
             second = tl.dot(x, w_up, second, input_precision=PRECISION)
     exists = has_row[:, None] & has_n[None, :]
     if bias_ptr is not None:
-        first += tl.load(bias_ptr + expert * H + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
+        bias = _of_expert(bias_ptr, bias_place_ptr, expert, expert * H, UNIT)
+        first += tl.load(bias + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
     h_place = row.to(tl.int64)[:, None] * H + n[None, :]
     tl.store(h_ptr + h_place, first.to(h_ptr.dtype.element_ty), mask=exists)
     if GATED:
         if bias_ptr is not None:
-            second += tl.load(bias_ptr + expert * H + F + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
+            second += tl.load(bias + F + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
         tl.store(h_ptr + h_place + F, second.to(h_ptr.dtype.element_ty), mask=exists)
         a = first * tl.sigmoid(first) * second
     else:
@@ -96,6 +107,7 @@ def hidden_kernel(
 def hidden_gradient_kernel(
     dy_ptr,
     w_ptr,
+    w_place_ptr,
     h_ptr,
     a_ptr,
     dh_ptr,
@@ -104,6 +116,7 @@ def hidden_gradient_kernel(
     D,
     F,
     GATED: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,16 +132,17 @@ def hidden_gradient_kernel(
     row = first_row + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     has_row, has_n = row < end_row, n < F
+    w = _of_expert(w_ptr, w_place_ptr, expert, expert * D * F, UNIT)
     da = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, D, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
         dy_place = row.to(tl.int64)[:, None] * D + k[None, :]
         dy = tl.load(dy_ptr + dy_place, mask=has_row[:, None] & (k < D)[None, :], other=0.0)
-        w_place = expert * D * F + k.to(tl.int64)[:, None] * F + n[None, :]
-        w = tl.load(w_ptr + w_place, mask=(k < D)[:, None] & has_n[None, :], other=0.0)
+        w_place = k.to(tl.int64)[:, None] * F + n[None, :]
+        w_out = tl.load(w + w_place, mask=(k < D)[:, None] & has_n[None, :], other=0.0)
         if UPCAST:
-            dy, w = dy.to(tl.float32), w.to(tl.float32)
-        da = tl.dot(dy, w, da, input_precision=PRECISION)
+            dy, w_out = dy.to(tl.float32), w_out.to(tl.float32)
+        da = tl.dot(dy, w_out, da, input_precision=PRECISION)
     exists = has_row[:, None] & has_n[None, :]
     h_place = row.to(tl.int64)[:, None] * H + n[None, :]
     h = tl.load(h_ptr + h_place, mask=exists, other=0.0).to(tl.float32)
@@ -150,7 +164,9 @@ def hidden_gradient_kernel(
 def product_kernel(
     a_ptr,
     w_ptr,
+    w_place_ptr,
     bias_ptr,
+    bias_place_ptr,
     out_ptr,
     ends_ptr,
     E,
@@ -159,6 +175,7 @@ def product_kernel(
     w_stride_e,
     w_stride_k,
     w_stride_n,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -174,7 +191,8 @@ def product_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     has_row, has_n = row < end_row, n < N
     a_row = a_ptr + row.to(tl.int64)[:, None] * K
-    w_col = w_ptr + expert * w_stride_e + n.to(tl.int64)[None, :] * w_stride_n
+    begin = _of_expert(w_ptr, w_place_ptr, expert, expert * w_stride_e, UNIT)
+    w_col = begin + n.to(tl.int64)[None, :] * w_stride_n
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first_k in range(0, K, BLOCK_K):
         k = first_k + tl.arange(0, BLOCK_K)
@@ -185,7 +203,8 @@ def product_kernel(
             a, w = a.to(tl.float32), w.to(tl.float32)
         total = tl.dot(a, w, total, input_precision=PRECISION)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + expert * N + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
+        bias = _of_expert(bias_ptr, bias_place_ptr, expert, expert * N, UNIT)
+        total += tl.load(bias + n, mask=has_n, other=0.0).to(tl.float32)[None, :]
     place = row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=has_row[:, None] & has_n[None, :])
 
@@ -196,23 +215,30 @@ def weight_gradient_kernel(
     right_ptr,
     token_ptr,
     out_ptr,
+    out_place_ptr,
     bias_out_ptr,
+    bias_out_place_ptr,
     ends_ptr,
     N,
     K,
+    ADD: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out [E, N, K] = leftᵀ right[token], and sums of left [E, N]: a tile [BLOCK_N, BLOCK_K] of an expert's."""
-    expert = tl.program_id(2)
+    """out [N, K] (+)= leftᵀ right[token], and sums of left [N], of each expert: a tile [BLOCK_N, BLOCK_K]."""
+    expert = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     has_n, has_k = n < N, k < K
     end_row = tl.load(ends_ptr + expert)
     start_row = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    if ADD:  # noqa: SIM102 (decided when the kernel is compiled)
+        if start_row >= end_row:
+            return
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for first_row in range(start_row, end_row, BLOCK_M):
@@ -228,8 +254,15 @@ def weight_gradient_kernel(
         total = tl.dot(left, right, total, input_precision=PRECISION)
         if bias_out_ptr is not None:
             sums += tl.sum(left.to(tl.float32), 1)
-    place = expert.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=has_n[:, None] & has_k[None, :])
+    out = _of_expert(out_ptr, out_place_ptr, expert, expert * N * K, UNIT)
+    out += n.to(tl.int64)[:, None] * K + k[None, :]
+    exists = has_n[:, None] & has_k[None, :]
+    if ADD:
+        total = total + tl.load(out, mask=exists, other=0.0)
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=exists)
     if bias_out_ptr is not None:  # noqa: SIM102 (the compiler drops it where it is None)
         if tl.program_id(1) == 0:
-            tl.store(bias_out_ptr + expert * N + n, sums.to(bias_out_ptr.dtype.element_ty), mask=has_n)
+            bias_out = _of_expert(bias_out_ptr, bias_out_place_ptr, expert, expert * N, UNIT) + n
+            if ADD:
+                sums = sums + tl.load(bias_out, mask=has_n, other=0.0)
+            tl.store(bias_out, sums.to(bias_out_ptr.dtype.element_ty), mask=has_n)

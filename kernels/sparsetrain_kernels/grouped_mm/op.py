@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.expert_ffn.matrices import Matrices
 from sparsetrain_kernels.grouped_mm import reference
 from sparsetrain_kernels.row_backend import runs_triton
 
@@ -54,10 +55,11 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         return reference.by_rows(a, b, offs) if b.dim() == 3 else reference.over_rows(a, b, offs)
     kernels = import_module("sparsetrain_kernels.expert_ffn.triton")
     if b.dim() == 3:
-        by_rows: Tensor = kernels.grouped_product(a.contiguous(), b, offs.clamp(max=len(a)), None)
+        by_rows: Tensor = kernels.grouped_product(a.contiguous(), Matrices(b), offs.clamp(max=len(a)), None)
         return by_rows
     left, offs = a.mT.contiguous(), offs.clamp(max=len(b))
-    over_rows: Tensor = kernels.grouped_outer_product(left, b.contiguous(), None, offs, a.dtype, sums=False)[0]
+    over_rows = a.new_empty(len(offs), len(a), b.shape[1])
+    kernels.grouped_outer_product(left, b.contiguous(), None, offs, Matrices(over_rows), None, add=False)
     return over_rows
 
 
