@@ -83,7 +83,7 @@ class Random(HeadPattern):
     kind: Literal["random"]
     count: Int = Field(gt=0)
     """Blocks."""
-    seed: Int = Field(default=0, ge=0)
+    seed: Int = Field(default=0, ge=0, lt=2**63)
 
 
 SinglePattern = DensePattern | Local | Sink | Strided | Dilated | Random

@@ -1,5 +1,9 @@
 """BlockLayout: what patterns see, conversions both ways, slices, and which blocks need a mask."""
 
+import re
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -225,10 +229,56 @@ def test_slices_hide_what_the_whole_hides(mask: Tensor, causal: bool, missing: i
     check_ranges(part, 1, length - middle * BLOCK, min(length, (middle + 1) * BLOCK), causal, [])
 
 
+@pytest.mark.parametrize("value", [-1, 0, 1.5, 2.0, True, "2", None], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Local, "Local.width"),
+        (Sink, "Sink.width"),
+        (Strided, "Strided.stride"),
+        (lambda value: Dilated(value, 2), "Dilated.width"),
+        (lambda value: Dilated(2, value), "Dilated.dilation"),
+        (Random, "Random.count"),
+        (lambda value: BlockLayout.build(Local(1), value), "num_tokens"),
+        (lambda value: BlockLayout.build(Local(1), 64, block=value), "block"),
+        (lambda value: BlockLayout.from_mask(torch.ones(1, 1, 1).bool(), value), "block"),
+    ],
+    ids=lambda made: made if isinstance(made, str) else "",
+)
+def test_what_counts_blocks_is_a_positive_integer(make: Callable[[object], object], name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be an integer of at least 1$"):
+        make(value)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "0"], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: Strided(2, value), "Strided.offset"),
+        (lambda value: Random(1, value), "Random.seed"),
+        (lambda value: Document((0, value, 64)), r"Document.cu_seqlens\[1\]"),
+        (lambda value: BlockLayout.build(Local(1), 128).slice_keys(value, 2), "first of key blocks"),
+    ],
+    ids=lambda made: made if isinstance(made, str) else "",
+)
+def test_what_names_a_place_is_an_integer(make: Callable[[object], object], name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))}: must be an integer of at least 0$"):
+        make(value)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    assert seen(Local(np.int64(2)), 5) == [4, 5]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Local(0), "Local.width=0: must be at least 1"),
+        (lambda: Random(1, 2**63), "Random.seed=9223372036854775808: must be below"),
+        (lambda: Document(torch.tensor([0, 8])), r"is a Tensor: must be a tuple.* tuple\(cu_seqlens.tolist\(\)\)"),  # type: ignore[arg-type]
+        (lambda: Document((0,)), "must start with 0 and ascend"),
+        (lambda: Explicit([[True]]), "Explicit.blocks is a list: must be a bool tensor"),  # type: ignore[arg-type]
+        (lambda: Local(2) | 1, r"pattern \| 1: the right side must be a pattern"),  # type: ignore[operator]
+        (lambda: Local(2) & "sink", "pattern & 'sink': the right side must be a pattern"),  # type: ignore[operator]
         (lambda: Document((0, 8, 4)), "must start with 0 and ascend"),
         (lambda: Explicit(torch.zeros(3)), "must be bool"),
         (lambda: BlockLayout.build(Document((0, 8)), 9, block=4), "ends at 8 but the sequence has 9 tokens"),
@@ -237,7 +287,7 @@ def test_slices_hide_what_the_whole_hides(mask: Tensor, causal: bool, missing: i
         (lambda: BlockLayout.build(Strided(2), 64), "pass num_heads"),
         (lambda: BlockLayout.build([Local(1)] * 3, 64, num_heads=2), "3 entries for num_heads=2"),
         (lambda: BlockLayout.build(Local(1), 0), "num_tokens=0"),
-        (lambda: BlockLayout.build(Strided(2), 64, num_heads=0), "num_heads=0: must be at least 1"),
+        (lambda: BlockLayout.build(Strided(2), 64, num_heads=0), "num_heads=0: must be an integer of at least 1"),
         (lambda: BlockLayout.build("dense", 64), "patterns='dense': must be a Pattern"),  # type: ignore[arg-type]
         (lambda: BlockLayout.build(Local(1), 64) | Sink(1), "lay that out with BlockLayout.build"),  # type: ignore[operator]
         (lambda: BlockLayout.from_mask([[True]]), "mask is a list: must be a bool tensor"),  # type: ignore[arg-type]

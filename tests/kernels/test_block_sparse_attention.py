@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparsetrain_kernels import BlockLayout, block_sparse_attention
-from sparsetrain_kernels.block_layout import Dense, Local, Sink, Strided
+from sparsetrain_kernels.block_layout import Dense, Explicit, Local, Sink, Strided
 from sparsetrain_kernels.block_sparse_attention import cpu, cpu_rows
 from torch import Tensor
 from torch.nn import functional as F
@@ -107,6 +107,25 @@ def test_no_visible_key_gives_zero_and_no_gradient(implementation: str) -> None:
     assert lse.isneginf().all()
     for x in (out, *gradients):
         assert torch.equal(x, torch.zeros_like(x))
+
+
+def test_causality_that_would_leave_a_query_no_key_is_refused_unless_asked_for() -> None:
+    """Blocks look one ahead: without causality each sees a key, with it the first of head 1 sees none."""
+    ahead = [Dense(), Explicit(torch.ones(4, 4).diagonal_scatter(torch.zeros(4)).bool())]
+    q, k, v, *_ = Call(tokens=57).tensors(torch.float32)
+    layout = BlockLayout.build(ahead, 57, block=16, causal=False)
+    assert block_sparse_attention(q, k, v, layout, causal=False).isfinite().all()
+    with pytest.raises(ValueError, match=r"query block 0 of head 1 would see no key.*build it with causal=True"):
+        block_sparse_attention(q, k, v, layout, causal=True)
+    with pytest.raises(ValueError, match="query block 0 of head 1 sees no key"):
+        BlockLayout.build(ahead, 57, block=16)
+    allowed = BlockLayout.build(ahead, 57, block=16, causal=False, allow_empty=True)
+    for same in (allowed, BlockLayout.from_mask(layout.to_mask(), 16), layout.slice_queries(0, 4)):
+        out, lse = block_sparse_attention(q, k, v, same, causal=True, return_lse=True)
+        assert not out[:, :16, 1].any()
+        assert lse[:, 1].isneginf().sum() == 2 * 16
+    covered = BlockLayout.build(Local(1), 57, block=16, causal=False)
+    assert block_sparse_attention(q, k, v, covered, causal=True).isfinite().all()
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])

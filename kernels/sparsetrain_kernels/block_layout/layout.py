@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_layout import flex, picture
 from sparsetrain_kernels.block_layout.lists import BlockList
+from sparsetrain_kernels.block_layout.numbers import check_integer
 from sparsetrain_kernels.block_layout.patterns import Pattern
 from sparsetrain_kernels.block_layout.ranges import END, FIRST, block_ranges, document_bounds, query_bounds
 from sparsetrain_kernels.block_layout.visibility import Visibility
@@ -39,6 +40,9 @@ class BlockLayout:
     """Place in the sequence of the first block of keys; not 0 in a slice."""
     is_slice: bool = False
     """Whether blocks of queries or keys of a longer sequence were left out, even if only behind these."""
+    blind_if_causal: tuple[int, int] | None = None
+    """A head and block of queries that causality would leave no key, where `build` was not told to allow that:
+    attention with causal=True is refused then."""
     _ranges: tuple[Tensor, Tensor] = field(init=False, repr=False)
     """Row and column ranges of the variants of `visibility` without documents: causal + 2 · ragged."""
     _densities: tuple[float, float] = field(init=False, repr=False)
@@ -72,15 +76,16 @@ class BlockLayout:
             patterns: One for all heads, or one for each.
             num_tokens: Length of the sequence; need not be a multiple of `block`.
             block: Tokens of a block.
-            causal: Keep only blocks on and below the diagonal.
+            causal: Keep only blocks on and below the diagonal. A layout without causality may be attended to causally
+                where that leaves every block of queries a key.
             num_heads: Heads, where one pattern that differs by head is given.
             allow_empty: Accept blocks of queries that see no key; attention gives 0 there.
 
         Raises:
             ValueError: A block of queries sees nothing, or patterns and heads do not match.
         """
-        _positive("num_tokens", num_tokens)
-        _positive("block", block)
+        check_integer("num_tokens", num_tokens)
+        check_integer("block", block)
         masks = [
             pattern.mask(num_tokens, block, head=head, causal=causal)
             for head, pattern in enumerate(_one_per_head(patterns, num_heads))
@@ -88,6 +93,9 @@ class BlockLayout:
         if all(torch.equal(mask, masks[0]) for mask in masks):
             masks = masks[:1]
         mask = torch.stack(masks)
+        blind = None
+        if not allow_empty and (at := (~mask.tril().any(-1)).nonzero().tolist()):
+            blind = at[0][0], at[0][1]
         empty = (~mask.any(-1)).nonzero()
         if len(empty) and not allow_empty:
             head, row = empty[0].tolist()
@@ -95,7 +103,7 @@ class BlockLayout:
                 f"patterns={patterns!r}: query block {row} of head {head} sees no key ({len(empty)} such blocks); "
                 "add a pattern that holds the diagonal (`| Local(1)`), or pass allow_empty=True for zeros there"
             )
-        return cls.from_mask(mask, block)
+        return replace(cls.from_mask(mask, block), blind_if_causal=blind)
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: int = 64) -> "BlockLayout":
@@ -112,7 +120,7 @@ class BlockLayout:
             raise ValueError(
                 f"mask is {mask.dtype} {list(mask.shape)}: must be bool [heads or 1, query blocks, key blocks], none 0"
             )
-        _positive("block", block)
+        check_integer("block", block)
         return cls(block, BlockList.compress(mask), BlockList.compress(mask.mT))
 
     @classmethod
@@ -286,7 +294,7 @@ class BlockLayout:
     def _rebuilt(self, mask: Tensor) -> "BlockLayout":
         """Layout of another mask in the same place."""
         lists = BlockList.compress(mask), BlockList.compress(mask.mT)
-        return replace(self, rows=lists[0], columns=lists[1])
+        return replace(self, rows=lists[0], columns=lists[1], blind_if_causal=None)
 
     def __repr__(self) -> str:
         heads = "shared by all heads" if self.num_heads == 1 else f"{self.num_heads} heads"
@@ -298,7 +306,7 @@ class BlockLayout:
 
 def _one_per_head(patterns: Pattern | Sequence[Pattern], num_heads: int | None) -> list[Pattern]:
     if num_heads is not None:
-        _positive("num_heads", num_heads)
+        check_integer("num_heads", num_heads)
     if isinstance(patterns, Pattern):
         if num_heads is None and patterns.differs_by_head:
             raise ValueError(f"patterns={patterns!r} differs by head: pass num_heads")
@@ -315,11 +323,8 @@ def _one_per_head(patterns: Pattern | Sequence[Pattern], num_heads: int | None) 
 
 
 def _range(what: str, first: int, end: int, size: int) -> slice:
+    for name, value in (("first", first), ("end", end)):
+        check_integer(f"{name} of {what}", value, least=0)
     if not 0 <= first < end <= size:
         raise ValueError(f"{what} {first} to {end} of {size}: must be 0 ≤ first < end ≤ {size}")
     return slice(first, end)
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1")

@@ -31,8 +31,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: move them to one device")
 
 
-def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless the layout fits the heads, lengths and device of q and k."""
+def check_layout(layout: BlockLayout, q: Tensor, k: Tensor, *, causal: bool) -> None:
+    """Raise ValueError unless the layout fits the heads, lengths and device of q and k, and whether to be causal."""
     if not isinstance(layout, BlockLayout):
         raise ValueError(
             f"layout is a {type(layout).__name__}: must be a BlockLayout; BlockLayout.from_mask makes one of a mask of "
@@ -46,6 +46,12 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor) -> None:
     layout.check_lengths(q.shape[1], k.shape[1])
     if layout.device != q.device:
         raise ValueError(f"layout is on {layout.device} but q is on {q.device}: pass layout.to(q.device)")
+    if causal and layout.blind_if_causal is not None:
+        head, row = layout.blind_if_causal
+        raise ValueError(
+            f"causal=True: query block {row} of head {head} would see no key, as layout was built with causal=False; "
+            "build it with causal=True, or with allow_empty=True for zeros there"
+        )
 
 
 def check_documents(cu_seqlens: Tensor, layout: BlockLayout, q: Tensor, k: Tensor) -> None:

@@ -8,7 +8,7 @@ gathered blocks to their places in a fixed order. Probabilities are not kept but
 Precision. Products round their result to the dtype of their arguments, and a score of 40 rounded to bfloat16 is off by
 1/8. So for dtypes narrower than float32 the forward pass multiplies queries and keys in float32. The backward pass,
 which knows the log-sum-exp, has a level subtracted inside the product, so that scores that count are near 0 when
-rounded: the log-sum-exp less ½ log P, halfway between the scores of a key that takes all and of P keys that share alike.
+rounded: the log-sum-exp less ½ log P, halfway between the scores of a key that takes all and of P that share alike.
 
 Memory. No tensor has S·T entries. Beside the arguments, with X the bytes of q (or of k, if that is larger) and e those
 of an element: forward at most 6 X + 6 MiB, backward (9 + 8/e) X + 12 MiB, as dk and dv are summed in float32; and about

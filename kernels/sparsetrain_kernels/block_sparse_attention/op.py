@@ -74,13 +74,14 @@ def block_sparse_attention(
 
     Returns:
         [B, S, H, D] in the dtype of q, and with `return_lse` the natural logarithm of the softmax's denominators
-        [B, H, S] in float32 (float64 for float64). A query that sees no key gets 0, and −∞.
+        [B, H, S] in float32 (float64 for float64). A query that sees no key (of a mask, a slice, or a layout built with
+        allow_empty) gets 0, and −∞.
 
     Raises:
         ValueError: Shapes, dtypes, devices, layout, documents or scale do not fit, or the implementation cannot do it.
     """
     check_tensors(q, k, v)
-    check_layout(layout, q, k)
+    check_layout(layout, q, k, causal=causal)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, layout, q, k)
     if scale is not None and not torch.compiler.is_compiling():
