@@ -21,8 +21,10 @@ _PORT = 8265
 _ANSWER_TIMEOUT_S = 30.0
 _HEAD_START_S = 20.0
 """A head that has just started answers before it can take jobs."""
+_COUNT_S = 8.0
+"""A head counts its nodes every few seconds: one that has just joined is not there yet."""
 _POLL_S = 0.5
-_STOP_TIMEOUT_S = 20.0
+_STOP_TIMEOUT_S = 60.0
 _MAX_JOBS_NAMED = 5
 
 _Result = TypeVar("_Result")
@@ -127,17 +129,27 @@ class JobServer:
         A cluster that may grow, or has only just started to count its nodes, is left to decide later.
 
         Raises:
-            ClusterError: Too few CPUs or GPUs; the message says what there is, and what of it is free.
+            ClusterError: Too few CPUs or GPUs, seconds later still; the message says what there is and what is free.
         """
+        deadline = time.monotonic() + _COUNT_S
+        while (too_little := self._shortage(request)) is not None:
+            if time.monotonic() > deadline:
+                raise ClusterError(too_little)
+            time.sleep(_POLL_S)
+
+    def _shortage(self, request: Request) -> str | None:
         answer = self._ask(lambda: self.client.get("/api/cluster_status"))
         status = (answer.get("data") or {}).get("clusterStatus") or {}
         nodes = (status.get("loadMetricsReport") or {}).get("usageByNode") or {}
         if not nodes or _may_grow(status.get("autoscalerReport") or {}):
-            return
+            return None
         total = [{name: used_total[1] for name, used_total in node.items()} for node in nodes.values()]
         free = [{name: each[1] - each[0] for name, each in node.items()} for node in nodes.values()]
-        if request.fitting(total) < request.workers:
-            raise ClusterError(shortage(request, total, "the cluster has", free=free))
+        return (
+            None
+            if request.fitting(total) >= request.workers
+            else shortage(request, total, "the cluster has", free=free)
+        )
 
     def _ask(self, question: Callable[[], _Result]) -> _Result:
         try:

@@ -103,7 +103,10 @@ def test_an_address_that_is_no_url_of_a_job_server_is_refused(address: str) -> N
         JobServer(address)
 
 
-def test_too_many_workers_are_refused_saying_what_is_there_and_free(dashboard: Dashboard) -> None:
+def test_too_many_workers_are_refused_saying_what_is_there_and_free(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_server, "_COUNT_S", 0.0)
     dashboard.has_nodes(TWO_NODES, {"a": "node_a", "b": "node_b"})
     server = JobServer(dashboard.url)
     server.check_room(Request(4, cpus_per_worker=2, gpus_per_worker=0))
@@ -113,6 +116,19 @@ def test_too_many_workers_are_refused_saying_what_is_there_and_free(dashboard: D
         error.value
     )
     assert "lower cluster.workers to 1" in str(error.value)
+
+
+def test_a_node_that_has_just_joined_is_soon_counted(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def count_again(seconds: float) -> None:
+        waited.append(seconds)
+        dashboard.has_nodes(TWO_NODES, {"a": "node_a", "b": "node_b"})
+
+    monkeypatch.setattr(job_server.time, "sleep", count_again)
+    dashboard.has_nodes({"a": TWO_NODES["a"]}, {"a": "node_a"})
+    JobServer(dashboard.url).check_room(Request(8, cpus_per_worker=1, gpus_per_worker=0))
+    assert len(waited) == 1
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,10 @@ def test_compose_starts_a_head_two_workers_and_the_demo() -> None:
             "no token of ours for everybody"
         )
         assert service["volumes"] == ["runs:/runs"]
+    for name, before, port in (("worker", "head", "8265"), ("demo", "worker", "6380")):
+        assert services[name]["depends_on"] == {before: {"condition": "service_healthy"}}
+        assert services[before]["healthcheck"]["test"][-1] == f"exec 3<>/dev/tcp/$$HOSTNAME/{port}"
+    assert "--node-manager-port=6380" in services["worker"]["command"].split()
     program, command, config, _, address, flag, *overrides = services["demo"]["command"].split()
     assert (program, command, address, flag) == ("sparsetrain", "submit", "http://head:8265", "--overwrite")
     run = load_config(REPOSITORY / config, overrides)
