@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from sparsetrain_kernels import expert_ffn_backward, expert_ffn_forward
-from sparsetrain_kernels.permute import reference as rows
+from sparsetrain_kernels.permute.op import backend_of
 from sparsetrain_kernels.precision import compute_dtype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -73,7 +73,7 @@ class _Exchanged(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_R: Tensor, _: Tensor, token_R: Tensor, call: Call, runtime: Runtime
     ) -> Tensor:
-        order_R = call.exchange.order_R
+        order_R, rows = call.exchange.order_R, backend_of(x_TD)
         token, weight = token_R[order_R], weight_R[order_R]
         kept: list[tuple[Tensor, ...]] = []
 
@@ -87,18 +87,19 @@ class _Exchanged(torch.autograd.Function):
                 kept.append((x, *saved))
                 return _by_source(y, chunk)
 
-            y = _pipelined(rows.gather(x_TD, token), call, compute, "the experts")
+            y = _pipelined(rows.gather(x_TD.contiguous(), token), call, compute, "the experts")
         ctx.call, ctx.runtime, ctx.num_tokens = call, runtime, len(x_TD)
         ctx.num_kept = [len(tensors) for tensors in kept]
         ctx.save_for_backward(order_R, token, weight, y, *(tensor for tensors in kept for tensor in tensors))
-        return rows.combine(y, weight, token, len(x_TD))
+        y_TD: Tensor = rows.combine(y, weight, token, len(x_TD))
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         order_R, token, weight, y, *kept = ctx.saved_tensors
-        tensors, sizes = iter(kept), iter(ctx.num_kept)
+        tensors, sizes, rows = iter(kept), iter(ctx.num_kept), backend_of(y)
         ctx.runtime.begin_backward(call)
         dy, dweight = rows.combine_backward(dy_TD.to(y.dtype).contiguous(), y, weight, token)
         with call.timed():
