@@ -30,7 +30,8 @@ class ReluRouter(LearnedRouter):
         """Route T tokens; see `Router.forward`."""
         logits_TE = self.logits(x_TD)
         a_TE = logits_TE.relu()
-        weight_TE = self.norm(a_TE)
+        # By hand, as a model in half precision has the norm's weight in it, of which nn.RMSNorm warns.
+        weight_TE = F.rms_norm(a_TE, self.norm.normalized_shape, self.norm.weight.to(a_TE.dtype), self.norm.eps)
         scores_TE = a_TE / (a_TE.sum(dim=-1, keepdim=True) + _TINY)
         return Routing.of_mask(a_TE > 0, weight_TE, scores_TE=scores_TE, logits_TE=logits_TE)
 

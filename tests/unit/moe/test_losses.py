@@ -103,6 +103,23 @@ def test_gradients_of_both_losses_are_exact():
     assert torch.autograd.gradcheck(losses, (x, moe.router.weight))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"z_loss": 0.0}, {"aux_loss": 0.0}, {"router": "relu", "aux_loss": 0.0, "z_loss": 0.0}],
+    ids=["balance", "z", "router"],
+)
+def test_the_gradient_of_each_loss_reaches_the_router_and_what_is_before_it(options):
+    moe = layer(**options)
+
+    def loss(x, weight):
+        torch.func.functional_call(moe, {"router.weight": weight}, (x,))
+        return auxiliary_loss(moe, "sum")
+
+    x = inputs(1).requires_grad_()
+    assert loss(x, moe.router.weight).requires_grad
+    assert torch.autograd.gradcheck(loss, (x, moe.router.weight))
+
+
 def test_an_even_load_costs_one_and_all_on_one_expert_costs_as_many_as_there_are():
     moe = layer(z_loss=0.0, aux_loss=1.0)
     moe.router.top_k = 1
