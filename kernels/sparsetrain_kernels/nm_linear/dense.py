@@ -17,7 +17,9 @@ def output(
     zeroed: bool,
 ) -> Tensor:
     """x Wᵀ + bias [T, N]."""
-    return F.linear(x_TK, whole_weight(weight, mask_GK, columns_GP, pattern, x_TK.shape[1], zeroed), bias_N)
+    return F.linear(
+        x_TK, whole_weight(weight.to(x_TK.dtype), mask_GK, columns_GP, pattern, x_TK.shape[1], zeroed), bias_N
+    )
 
 
 def input_gradient(
@@ -30,7 +32,7 @@ def input_gradient(
     zeroed: bool,
 ) -> Tensor:
     """dy W [T, K]."""
-    return dy_TN @ whole_weight(weight, mask_GK, columns_GP, pattern, num_inputs, zeroed)
+    return dy_TN @ whole_weight(weight.to(dy_TN.dtype), mask_GK, columns_GP, pattern, num_inputs, zeroed)
 
 
 def weight_gradient(
@@ -40,9 +42,10 @@ def weight_gradient(
     columns_GP: Tensor | None,
     pattern: NMPattern,
     compressed: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """dyᵀ x at the kept weights: compressed [N, P], or [N, K] with zeros elsewhere."""
-    every = dy_TN.T @ x_TK
+    every = (dy_TN.T @ x_TK).to(dtype)
     if compressed:
         assert columns_GP is not None
         return compress(every, columns_GP, pattern.vector)

@@ -23,7 +23,7 @@ _TRITON_VECTORS = (16, 32, 64, 128, 256)
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 _TOKENS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
 _FEATURES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096)}
-_VECTORS = tuple(NMPattern(1, m, vector) for vector in (64, 128) for m in (2, 4, 8))
+_VECTORS = (*(NMPattern(1, m, vector) for vector in (64, 128) for m in (2, 4, 8)), NMPattern(1, 4, 256))
 _COMPRESSED_PATTERNS = (NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 8), NMPattern(1, 16))
 
 
@@ -144,7 +144,7 @@ def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
     tokens, outputs, inputs = problem.sizes
     _, *selection = _weight(problem)
-    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), *selection, False
+    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), *selection, False, problem.dtype
 
 
 def _vector_problems(operation: str) -> Callable[[str], Iterator[Problem]]:

@@ -29,8 +29,8 @@ def nm_linear(
 
     Args:
         x: Inputs [..., K] in float32, bfloat16, float16 or float64; cast to autocast's dtype where that is on.
-        weight: Whole [N, K] or compressed [N, P] by `selection.compress`, cast to the dtype of x. What a whole one
-            holds outside the selection is ignored.
+        weight: Whole [N, K] or compressed [N, P] by `selection.compress`, cast to the dtype of the computation. What a
+            whole one holds outside the selection is ignored.
         selection: The kept inputs of each output, on the device of x.
         bias: [N].
         zeroed: The caller knows that a whole weight is zero outside the selection, which spares a masking pass; a wrong
@@ -47,9 +47,11 @@ def nm_linear(
     dtype = compute_dtype(x)
     compressed = _check(x, weight, selection, bias, dtype, dense_gradient)
     pattern = selection.pattern
+    if not (x.is_cpu and pattern.vector > 1):
+        weight = weight.to(dtype)  # once for all products; those of vectors on a CPU cast what they read
     y_TN: Tensor = _linear(
         x.to(dtype).reshape(-1, x.shape[-1]),
-        weight.to(dtype),
+        weight,
         None if bias is None else bias.to(dtype),
         None if compressed else selection.mask_GK,
         selection.columns_GP if compressed or pattern.vector > 1 else None,
@@ -151,18 +153,30 @@ def _(
 
 @torch.library.custom_op("sparsetrain::nm_linear_weight_gradient", mutates_args=())
 def _weight_gradient(
-    dy_TN: Tensor, x_TK: Tensor, mask_GK: Tensor | None, columns_GP: Tensor | None, kind: list[int]
+    dy_TN: Tensor,
+    x_TK: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    dtype: torch.dtype,
 ) -> Tensor:
     pattern, compressed = NMPattern(*kind[:3]), mask_GK is None
     problem = _problem(pattern, kind, compressed, len(x_TK), dy_TN.shape[1], x_TK.shape[1])
-    arguments = dy_TN.contiguous(), x_TK.contiguous(), mask_GK, columns_GP, pattern, compressed
+    arguments = dy_TN.contiguous(), x_TK.contiguous(), mask_GK, columns_GP, pattern, compressed, dtype
     return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 
 
 @_weight_gradient.register_fake
-def _(dy_TN: Tensor, x_TK: Tensor, mask_GK: Tensor | None, columns_GP: Tensor | None, kind: list[int]) -> Tensor:
-    num_inputs = x_TK.shape[1]
-    return x_TK.new_empty(dy_TN.shape[1], num_inputs if mask_GK is not None else num_inputs // kind[1] * kind[0])
+def _(
+    dy_TN: Tensor,
+    x_TK: Tensor,
+    mask_GK: Tensor | None,
+    columns_GP: Tensor | None,
+    kind: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    num_values = x_TK.shape[1] if mask_GK is not None else x_TK.shape[1] // kind[1] * kind[0]
+    return x_TK.new_empty(dy_TN.shape[1], num_values, dtype=dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -177,9 +191,9 @@ def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         dx = _input_gradient(dy_TN, weight, mask_GK, columns_GP, ctx.kind, x_TK.shape[1], ctx.zeroed)
     if needs_weight and ctx.dense_gradient:
-        dw = dy_TN.T @ x_TK
+        dw = (dy_TN.T @ x_TK).to(weight.dtype)
     elif needs_weight:
-        dw = _weight_gradient(dy_TN, x_TK, mask_GK, columns_GP, ctx.kind)
+        dw = _weight_gradient(dy_TN, x_TK, mask_GK, columns_GP, ctx.kind, weight.dtype)
     db = dy_TN.sum(0) if needs_bias else None
     return dx, dw, db, None, None, None, None, None
 

@@ -91,6 +91,7 @@ def weight_gradient(
     columns_GP: Tensor,
     pattern: NMPattern,
     compressed: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """dyᵀ x at the kept weights: compressed [N, P], or [N, K] with zeros elsewhere."""
     num_kept = columns_GP.shape[1]
@@ -110,6 +111,7 @@ def weight_gradient(
             TILE_P=_TILE_P,
             **_precision(x_TK),
         )
+    values_NP = values_NP.to(dtype)
     return values_NP if compressed else expand(values_NP, columns_GP, x_TK.shape[1], pattern.vector)
 
 
