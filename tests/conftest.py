@@ -5,6 +5,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray kills workers when the machine's memory runs low: what else runs there is not to decide a test.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 import pytest
 import torch

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 START_TIMEOUT_S = 120
 TOKEN = uuid.uuid4().hex * 2
-TINY = ("train.tokens=4Ki", "train.phases=[]", "train.eval_tokens=1Ki")
+TINY = ("train.tokens=4Ki", "train.phases=[]", "train.eval_tokens=1Ki", "train.sample_tokens=2")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,7 @@ def program_environment() -> dict[str, str]:
         **inherited,
         "PATH": path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
     }
@@ -219,7 +221,7 @@ def test_a_job_left_running_is_listed_watched_and_stopped(job_server: str, tmp_p
     assert len(trainers) == 1
     stopped = run("sparsetrain", "jobs", "stop", *server, job)
     assert stopped.stdout == f"{job}: stopped\n"
-    assert psutil.wait_procs(trainers, timeout=20)[1] == [], "nothing of the job is left"
+    assert psutil.wait_procs(trainers, timeout=60)[1] == [], "nothing of the job is left"
     listed = run("sparsetrain", "jobs", "list", *server).stdout
     assert [line.split()[1] for line in listed.splitlines() if job in line] == ["stopped"]
     assert run("sparsetrain", "jobs", "stop", *server, job).stdout == f"{job}: stopped\n"
@@ -243,7 +245,8 @@ def test_what_the_cluster_would_refuse_is_one_message_and_no_job(head: Head) -> 
     submit = ("sparsetrain", "submit", "configs/quick.yaml", "--address", head.job_server)
     join = ("sparsetrain", "doctor", "--cluster", "--address")
     wrong_token = {"RAY_AUTH_TOKEN": "f" * 64}
-    room = "asks for 4 CPUs; the cluster has 3 CPUs (3 free). To fix: lower cluster.workers to 3"
+    # How many are free depends on when the head last counted what the jobs before left.
+    room = r"asks for 4 CPUs; the cluster has 3 CPUs \(\d free\)\. To fix: lower cluster\.workers to 3"
     before = run("sparsetrain", "jobs", "list", "--address", head.job_server).stdout
     for command, environment, message in (
         (submit, {"RAY_AUTH_MODE": "disabled"}, "asks for a token: set RAY_AUTH_MODE=token"),
@@ -254,6 +257,6 @@ def test_what_the_cluster_would_refuse_is_one_message_and_no_job(head: Head) -> 
     ):
         refused = run(*command, **environment)
         assert refused.returncode == 2
-        assert message in refused.stderr
+        assert re.search(message, refused.stderr), refused.stderr
         assert len(refused.stderr.splitlines()) == 1
     assert run("sparsetrain", "jobs", "list", "--address", head.job_server).stdout == before
