@@ -19,7 +19,7 @@ from sparsetrain.config.sparsity import SparsityRule
 
 CONFIG = ModelConfig(dim=512, num_layers=4, num_heads=8, ffn_dim=4096)
 VOCAB, MICRO_BATCHES, MICRO_BATCH, SEQ_LEN = 2048, 2, 8, 256
-PATTERNS = ("block[64,64]", "vector 1:4")
+PATTERNS = ("block[64,64]", "vector[256] 1:4", "vector 1:4")
 
 
 @case("sparse_train_step", "training step, 75 % of the FFN zero (4 layers, d 512, FFN 4096, 2 x 8 x 256 tokens)")

@@ -24,9 +24,9 @@ def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, g
     lists = unpack_index(index, grid)
     reads = _Reads(x_TK, grid.block_columns, lists.row_starts, lists.columns)
     pieces_P = _pieces(lists, grid, weight.ndim == 3)[_pieces(lists, grid, packed=False).argsort()]
-    parts = _select(weight, pieces_P, grid, x_TK.dtype).split([count * grid.block_rows for count in reads.counts])
+    parts = _select(weight, pieces_P, grid, x_TK.dtype, reads.counts)
     matrices = [part.view(grid.block_rows, -1).T if len(part) else None for part in parts]
-    biases = [None] * grid.num_rows if bias_N is None else bias_N.split(grid.block_rows)
+    biases = [None] * grid.num_rows if bias_N is None else torch.split(bias_N, grid.block_rows)
     return _products(reads, matrices, biases, grid.block_rows)
 
 
@@ -35,10 +35,9 @@ def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zer
     lists = unpack_index(index, grid)
     reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
     pieces_P = _by_column(_pieces(lists, grid, weight.ndim == 3), lists)
-    parts = _select(weight, pieces_P, grid, dy_TN.dtype).split([count * grid.block_rows for count in reads.counts])
-    return _products(
-        reads, [part if len(part) else None for part in parts], [None] * grid.num_columns, grid.block_columns
-    )
+    parts = _select(weight, pieces_P, grid, dy_TN.dtype, reads.counts)
+    matrices = [part if len(part) else None for part in parts]
+    return _products(reads, matrices, [None] * grid.num_columns, grid.block_columns)
 
 
 def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
@@ -51,9 +50,9 @@ def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, pack
     pieces_P = _by_column(_pieces(lists, grid, packed), lists)
     products_Pc = dy_TN.new_empty(len(pieces_P) + 1, grid.block_columns)
     products_Pc[-1] = 0  # the piece that dead blocks get
-    parts = products_Pc[:-1].split([count * grid.block_rows for count in reads.counts])
+    parts = torch.split(products_Pc[:-1], [count * grid.block_rows for count in reads.counts])
     beside = reads.buffer(len(dy_TN))
-    for column, (part, x_Tc) in enumerate(zip(parts, x_TK.split(grid.block_columns, 1), strict=True)):
+    for column, (part, x_Tc) in enumerate(zip(parts, torch.split(x_TK, grid.block_columns, 1), strict=True)):
         if len(part):
             torch.mm(beside(column, dy_TN).T, x_Tc, out=part)
     gradient = new_result(dy_TN, *((len(lists.columns), *grid[2:]) if packed else grid.shape), dtype=dtype)
@@ -69,7 +68,7 @@ class _Reads:
     def __init__(self, matrix_TX: Tensor, width: int, starts: Tensor, slabs_B: Tensor) -> None:
         self.matrix_TX, self.width = matrix_TX, width
         self.counts: list[int] = starts.diff().tolist()
-        self.slabs = slabs_B.split(self.counts)
+        self.slabs = torch.split(slabs_B, self.counts)
         self.firsts: list[int | None] = [_first_of_run(part) for part in map(Tensor.tolist, self.slabs)]
 
     def tokens_in_cache(self) -> int:
@@ -113,8 +112,10 @@ def _products(reads: _Reads, matrices: Sequence[Tensor | None], biases: Sequence
         return out_TY
     num_tokens = reads.tokens_in_cache()
     beside = reads.buffer(num_tokens)
-    for tokens_TX, out in zip(reads.matrix_TX.split(num_tokens), out_TY.split(num_tokens), strict=True):
-        for product, (matrix, bias, out_Ty) in enumerate(zip(matrices, biases, out.split(width, 1), strict=True)):
+    for tokens_TX, out in zip(torch.split(reads.matrix_TX, num_tokens), torch.split(out_TY, num_tokens), strict=True):
+        for product, (matrix, bias, out_Ty) in enumerate(
+            zip(matrices, biases, torch.split(out, width, 1), strict=True)
+        ):
             if matrix is None:
                 out_Ty.copy_(out_Ty.new_zeros(()) if bias is None else bias)
             elif bias is None:
@@ -138,9 +139,10 @@ def _by_column(pieces_P: Tensor, lists: BlockLists) -> Tensor:
     return pieces_P.view(len(lists.order), -1)[lists.order].flatten() if len(lists.order) else pieces_P
 
 
-def _select(weight: Tensor, pieces_P: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Pieces of a dense or packed weight [P, c], in the dtype of the computation."""
-    return weight.view(-1, grid.block_columns).index_select(0, pieces_P).to(dtype)
+def _select(weight: Tensor, pieces_P: Tensor, grid: Grid, dtype: torch.dtype, counts: list[int]) -> Sequence[Tensor]:
+    """Pieces of a dense or packed weight in the dtype of the computation, product by product [blocks · r, c]."""
+    living_Pc = weight.view(-1, grid.block_columns).index_select(0, pieces_P).to(dtype)
+    return torch.split(living_Pc, [count * grid.block_rows for count in counts])
 
 
 def _first_of_run(slabs: list[int]) -> int | None:
