@@ -2,14 +2,10 @@
 
 from collections.abc import Iterable
 
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config import ParallelConfig
-from sparsetrain.parallel.fssdp.store import store_parameters
-from sparsetrain.parallel.parallelize import ignore_stores
+from sparsetrain.parallel.parallelize import replicate, shard_fully
 from sparsetrain.parallel.world import World
 
 
@@ -33,14 +29,6 @@ def parallelize_data(
     if parallel.shard == "full":
         mesh = world.mesh(parallel.shard_size or world.size)
         # A mesh of one dimension says: no replication, reduce-scatter only.
-        mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-        ignored = set(store_parameters(model).values())
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=ignored)
-        fully_shard(model, mesh=mesh, ignored_params=ignored)
+        shard_fully(model, layers, mesh if mesh.size(0) > 1 else mesh["shard"])
         return model
-    if world.size > 1:
-        ignore_stores(model)
-        # Gradients as views of the buckets: no copy before and after the all-reduce.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=dist.group.WORLD)
-    return model
+    return replicate(model) if world.size > 1 else model

@@ -71,15 +71,8 @@ def parallelize(
     if experts is not None:
         parallelize_experts(model, ExpertGroups.of_mesh(mesh), experts, options or FssdpConfig())
     if shard == "full":
-        ignored = set(store_parameters(model).values())
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, ignored_params=ignored)
-        fully_shard(model, mesh=mesh, ignored_params=ignored)
-        return model
-    if shard == "ddp" and mesh.size() > 1:
-        ignore_stores(model)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model
+        shard_fully(model, layers, mesh)
+    return replicate(model) if shard == "ddp" and mesh.size() > 1 else model
 
 
 def parallelize_experts(
@@ -121,11 +114,20 @@ def parallelize_experts(
     return runtimes
 
 
-def ignore_stores(model: nn.Module) -> None:
-    """Have DDP leave the expert stores of a model alone; call it before wrapping the model."""
-    names = list(store_parameters(model))
-    if names:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)  # type: ignore[no-untyped-call]
+def shard_fully(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Apply `fully_shard` to submodules and to the rest of a model; its expert stores are left alone."""
+    ignored = set(store_parameters(model).values())
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+
+
+def replicate(model: nn.Module) -> DistributedDataParallel:
+    """Wrap a model in DDP over all ranks; its expert stores are left alone."""
+    if stores := list(store_parameters(model)):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, stores)  # type: ignore[no-untyped-call]
+    # Gradients as views of the buckets: no copy before and after the all-reduce.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=dist.group.WORLD)
 
 
 def set_gradient_sync(model: nn.Module, on: bool) -> None:
