@@ -18,6 +18,7 @@ STEPS = 6
 RULES = [
     SparsityRule(params="*", method="ste", pattern="2:4"),
     SparsityRule(params="*", method="sr_ste", pattern="1:4", mask_decay=0.1),
+    SparsityRule(params="*", method="sr_ste", pattern="vector[4] 1:4"),
     SparsityRule(params="*", method="mdgf", pattern="2:4"),
     SparsityRule(params="*", method="sdgf", pattern="1:4"),
     SparsityRule(params="*", method="bdwp", pattern="2:4"),
