@@ -157,6 +157,14 @@ def test_picture_has_a_panel_for_each_head() -> None:
     assert torch.equal(torch.from_numpy(panels[4].images[0].get_array().data), layout.to_mask()[4])
 
 
+def test_picture_of_a_slice_counts_blocks_of_the_whole() -> None:
+    part = BlockLayout.build(Local(2), 64, block=8).slice_queries(4, 7).slice_keys(2, 8)
+    (panel,) = part.plot(causal=True).axes
+    assert panel.get_xlim() == (1.5, 7.5)
+    assert panel.get_ylim() == (6.5, 3.5)
+    assert torch.equal(torch.from_numpy(panel.images[0].get_array().data), part.to_mask()[0])
+
+
 BLOCK = 4
 
 

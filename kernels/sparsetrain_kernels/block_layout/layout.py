@@ -212,7 +212,8 @@ class BlockLayout:
 
     def plot(self, *, causal: bool = False) -> "Figure":
         """Draw a panel for each head, its visible blocks filled; with `causal`, what causality hides is left out."""
-        return picture.draw(self.to_mask().cpu(), self.block, self.shift // self.block if causal else None)
+        diagonal = self.shift // self.block if causal else None
+        return picture.draw(self.to_mask().cpu(), self.block, diagonal, self.first_query_block, self.first_key_block)
 
     def check_lengths(self, num_queries: int, num_keys: int) -> None:
         """Raise ValueError unless the layout covers these lengths with no block to spare."""
