@@ -1,5 +1,6 @@
 """Training through a local Ray: the same numbers as without it, through the death of a worker, and nothing left."""
 
+import contextlib
 import os
 import re
 import signal
@@ -22,17 +23,18 @@ from sparsetrain.training.metrics import read_metrics
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quick.yaml"
-TWO_WORKERS = ("cluster.workers=2", "train.tokens=100Ki", "checkpoint.every_steps=10")
+TWO_WORKERS = ("cluster.workers=2", "train.tokens=100Ki", "train.sample_tokens=2", "checkpoint.every_steps=10")
 
 
 def torchrun(*overrides: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*command, "-m", "sparsetrain", "train", "--in-process", str(CONFIG), *overrides], check=True, timeout=200
+        [*command, "-m", "sparsetrain", "train", "--in-process", str(CONFIG), *overrides], check=True, timeout=300
     )
 
 
@@ -40,6 +42,7 @@ def test_a_run_whose_worker_is_killed_resumes_and_ends_with_the_losses_of_torchr
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torchrun(*TWO_WORKERS, f"output={tmp_path / 'torchrun'}")
+    before = set(psutil.Process().children())
     capfd.readouterr()
     config = load_config(CONFIG, [*TWO_WORKERS, f"output={tmp_path / 'ray'}"])
     events: list[Event] = []
@@ -65,7 +68,7 @@ def test_a_run_whose_worker_is_killed_resumes_and_ends_with_the_losses_of_torchr
     assert summary["final_loss"] == expected[-1]["loss"]
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", ""), "Ray is quiet"
-    assert not psutil.Process().children(), "nothing is left running"
+    assert set(psutil.Process().children()) <= before, "nothing is left running"
     with pytest.raises(RunFolderError, match="--resume"):
         run_on_ray(config)
 
@@ -83,11 +86,20 @@ def test_ctrl_c_ends_everything_and_leaves_the_last_checkpoint(tmp_path: Path) -
     while not printed[-1].startswith("checkpoint at step"):
         printed.append(next(process.stdout))
     started = psutil.Process(process.pid).children(recursive=True)
-    assert any("RayTrainWorker" in " ".join(child.cmdline()) for child in started)
+    assert any("RayTrainWorker" in name for name in command_lines(started))
     os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=120)[0]
     assert process.returncode == 130
     assert "--resume" in rest
     assert "Traceback" not in rest
-    assert psutil.wait_procs(started, timeout=0)[1] == []
+    assert psutil.wait_procs(started, timeout=10)[1] == [], "nothing is left but what init has not buried yet"
     assert latest_checkpoint(tmp_path / "checkpoints") is not None
+
+
+def command_lines(processes: list[psutil.Process]) -> list[str]:
+    """Of those that have not ended meanwhile."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
