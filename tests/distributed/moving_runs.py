@@ -42,15 +42,15 @@ def train_until(config: RunConfig, step: int, **options: Any) -> None:
         loop.train_step = genuine
 
 
-def train_pieces(pieces: Iterable[tuple[RunConfig, int]]) -> None:
-    """Each piece goes on with the same run until its step; step 0 stands for the end."""
+def train_pieces(pieces: Iterable[tuple[RunConfig, int | None]]) -> None:
+    """Each piece goes on with a run until its step, or without one to the end."""
     for config, step in pieces:
         with megatron_on_cpu() if config.parallel.engine == "megatron" else nullcontext():
-            if step:
+            if step is None:
+                train(config, on_existing="resume")
+            else:
                 with pytest.raises(Interrupted):
                     train_until(config, step=step, on_existing="resume")
-            else:
-                train(config, on_existing="resume")
 
 
 def beside(folder: Path, name: str) -> Path:

@@ -176,12 +176,12 @@ def config_of(folder: Path, layout: str, output: str, **changes: Any) -> RunConf
     return tiny_config(folder, output=str(folder / output), **often, **DEEPSPEED[layout], **changes)
 
 
-def train_stages(folder: Path, output: str, stages: list[tuple[str, int]]) -> None:
+def train_stages(folder: Path, output: str, stages: list[tuple[str, int | None]]) -> None:
     train_pieces((config_of(folder, layout, output), step) for layout, step in stages)
 
 
 SETTINGS = {"train__precision": "bf16", "train__activation_checkpointing": True}
-MOVES = [("torch", 3), ("zero-3", 5), ("full", 7), ("zero-1", 9), ("zero-2", 11), ("torch", 0)]
+MOVES = [("torch", 3), ("zero-3", 5), ("full", 7), ("zero-1", 9), ("zero-2", 11), ("torch", None)]
 
 
 def train_runs(folder: Path) -> None:
@@ -197,7 +197,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, and a whole run of one process on plain torch."""
     folder = tmp_path_factory.mktemp("engines")
     write_corpus(folder / "corpus")
-    train_stages(folder, "run", [("torch", 0)])
+    train_stages(folder, "run", [("torch", None)])
     return folder
 
 
@@ -230,7 +230,7 @@ def test_one_process_trains_on_deepspeed_twice_and_goes_on_with_torch(
 
     monkeypatch.setattr(torch.utils.cpp_extension, "load", compiling)
     folder = beside(alone, "one")
-    train_stages(folder, "run", [("zero-2", 6), ("zero-3", 9), ("torch", 0)])
+    train_stages(folder, "run", [("zero-2", 6), ("zero-3", 9), ("torch", None)])
 
     assert_same_run(folder / "run", alone / "run")
 

@@ -71,7 +71,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero": {"parallel__engine": "megatron", "parallel__zero": 1},
     "cp": {"parallel__engine": "megatron", "parallel__cp": 2, "parallel__zero": 1},
 }
-MOVES = [("torch", 3), ("tp", 5), ("pp", 7), ("zero-2", 8), ("cp", 9), ("sp", 10), ("zero", 11), ("torch", 0)]
+MOVES = [("torch", 3), ("tp", 5), ("pp", 7), ("zero-2", 8), ("cp", 9), ("sp", 10), ("zero", 11), ("torch", None)]
 MIXED: dict[str, Any] = {
     "model__moe": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
     "sparsity": [{"params": ["*.attention.*"], "method": "static", "pattern": "block[8,8]", "sparsity": 0.5}],
@@ -86,18 +86,18 @@ def config_of(folder: Path, layout: str, output: str, **changes: Any) -> RunConf
     return tiny_config(folder, output=str(folder / output), **often, **LAYOUTS[layout], **changes)
 
 
-def train_stages(folder: Path, output: str, stages: list[tuple[str, int]], **changes: Any) -> None:
+def train_stages(folder: Path, output: str, stages: list[tuple[str, int | None]], **changes: Any) -> None:
     train_pieces((config_of(folder, layout, output, **changes), step) for layout, step in stages)
 
 
 def train_runs(folder: Path) -> None:
     """A run that moves, one that stays, and settings that do not change what is learned."""
     train_stages(folder, "run", MOVES)
-    train_stages(folder, "pipelined", [("pp", 0)], train__micro_batch_size=3)  # of 4 samples
+    train_stages(folder, "pipelined", [("pp", None)], train__micro_batch_size=3)  # of 4 samples
     for layout in ("torch", "tp"):
-        train_stages(folder, f"bf16-{layout}", [(layout, 0)], **SETTINGS)
+        train_stages(folder, f"bf16-{layout}", [(layout, None)], **SETTINGS)
     for layout in ("torch", "pp", "tp"):
-        train_stages(folder, f"mixed-{layout}", [(layout, 0)], **MIXED)
+        train_stages(folder, f"mixed-{layout}", [(layout, None)], **MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus, and a whole run of one process on plain torch."""
     folder = tmp_path_factory.mktemp("megatron")
     write_corpus(folder / "corpus")
-    train_stages(folder, "run", [("torch", 0)])
+    train_stages(folder, "run", [("torch", None)])
     return folder
 
 

@@ -10,7 +10,7 @@ from sparsetrain.config import RunConfig
 from sparsetrain.moe.placement import LoadTrace
 from sparsetrain.testing import assert_close, run_distributed
 from sparsetrain.training import train
-from tests.distributed.moving_runs import Interrupted, beside, saved_tensors, train_until
+from tests.distributed.moving_runs import Interrupted, beside, saved_tensors, train_pieces, train_until
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 FSSDP = {
@@ -118,13 +118,7 @@ def train_and_begin(folder: Path, names: list[str], begun: Stages) -> None:
 
 
 def go_on(folder: Path, stages: Stages) -> None:
-    for run, name, step in stages:
-        config = layout(folder, name, output=str(folder / run))
-        if step is None:
-            train(config, on_existing="resume")
-            continue
-        with pytest.raises(Interrupted):
-            train_until(config, step=step, on_existing="resume")
+    train_pieces((layout(folder, name, output=str(folder / run)), step) for run, name, step in stages)
 
 
 @pytest.mark.slow
