@@ -41,7 +41,7 @@ class MegatronEngine(ShardedUpdateEngine):
     """With zero=1, the rows of weights that this rank updates."""
 
     def __init__(self, config: RunConfig, world: World, *, vocab_size: int, max_seq_len: int, total_steps: int) -> None:
-        _make_groups(config)
+        make_groups(config)
         super().__init__(config, world, vocab_size=vocab_size, max_seq_len=max_seq_len, total_steps=total_steps)
 
     def _make_module(self, config: RunConfig, vocab_size: int, max_seq_len: int) -> MegatronModel:
@@ -234,7 +234,7 @@ class _AlsoDifferentiate(torch.autograd.Function):
         return grad_y, torch.ones((), dtype=torch.float32, device=grad_y.device)
 
 
-def _make_groups(config: RunConfig) -> None:
+def make_groups(config: RunConfig) -> None:
     """Megatron's process groups for the run's layout, in place of those of an earlier run in this process."""
     mpu.destroy_model_parallel()
     mpu.initialize_model_parallel(

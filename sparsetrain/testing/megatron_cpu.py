@@ -54,6 +54,8 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
+    with torch.device("meta"):
+        torch.empty(0)  # what a device takes for factories is looked up once in a process: not to be the stand-ins
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in _stand_ins():
             stack.enter_context(mock.patch.object(owner, name, stand_in))
