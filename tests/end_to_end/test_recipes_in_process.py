@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sparsetrain_kernels.nm_linear import NMPattern, magnitude_mask
 
 from sparsetrain.config import RunConfig, load_config
 from sparsetrain.training import TrainedRun, evaluate_run, train
@@ -78,3 +79,19 @@ def test_a_run_resumed_inside_a_phase_ends_bitwise_equal_and_evaluates_what_it_s
             m = int(str(rule["pattern"])[2:])
             n = int(str(rule["pattern"])[0])
             assert int(weight.view(-1, m).count_nonzero(1).max()) <= n
+
+
+def test_a_recipe_begins_with_masks_of_the_weights_that_it_starts_from(tmp_path: Path) -> None:
+    start = config(tmp_path, "recipe", {"method": "ste", "pattern": "1:4"})
+    dense = RunConfig.model_validate(start.model_dump() | {"sparsity": [], "output": str(tmp_path / "dense")})
+    train(dense)
+    changes = {"train": start.train.model_dump() | {"init_from": dense.output}, "optimizer": {"lr": 1e-12}}
+    recipe = RunConfig.model_validate(start.model_dump() | changes)
+
+    train(recipe)
+
+    begun, seen = (TrainedRun.load(Path(run.output)).model for run in (dense, recipe))
+    for (name, weight), found in zip(begun.named_parameters(), seen.parameters(), strict=True):
+        if ".ffn." in name or ".attention." in name:
+            weight = torch.where(magnitude_mask(weight, NMPattern(1, 4)), weight, 0)
+        torch.testing.assert_close(found, weight, msg=name)
