@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.config.sparsity import Constant, SparsityRule
-from sparsetrain.errors import CheckpointError, ConfigError, ShardingError
+from sparsetrain.config.sparsity import SparsityRule
+from sparsetrain.errors import CheckpointError, ShardingError
 from sparsetrain.sharding import Move, WeightShard, on_move, weight_shards
 from sparsetrain.sparsity.followers import Followers
 from sparsetrain.sparsity.forward_masks import ForwardMasks
@@ -18,7 +18,7 @@ from sparsetrain.sparsity.matching import describe_parameters, match_rules
 from sparsetrain.sparsity.methods import METHODS, Method, StraightThrough
 from sparsetrain.sparsity.schedules import Timetable
 from sparsetrain.sparsity.weights import SparseWeight, update_masks
-from sparsetrain.sparsity.windows import StepCosts, plan_timetables
+from sparsetrain.sparsity.windows import StepCosts, need_no_steps, plan_timetables
 from sparsetrain.sparsity.zeroing import as_bool
 
 _KEEPS_ZEROS = (
@@ -83,7 +83,7 @@ class Sparsifier:
         hold: bool = False,
     ) -> None:
         if total_steps is None and not hold:
-            _need_no_steps(rules)
+            need_no_steps(rules)
         self.rules = tuple(rules)
         self.step = 0
         """Optimizer steps done in this phase."""
@@ -318,12 +318,8 @@ class Sparsifier:
                 f"weights, and this run has {len(self.rules)} over {len(self.densities())}"
             )
         self.step = state["step"]
-        self._set_timetables(
-            [
-                Timetable(tuple(int(s) for s, _ in table), tuple(level for _, level in table))
-                for table in state["timetables"]
-            ]
-        )
+        saved = state["timetables"]
+        self._set_timetables([Timetable(tuple(int(s) for s, _ in t), tuple(level for _, level in t)) for t in saved])
         for weight in self._all():
             weight.flips = state["flips"][weight.shard.name]
         self._forward.follow(self._recipes(), self.step)
@@ -400,13 +396,3 @@ class Sparsifier:
             return loss
 
         return (args[0], masked_closure, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
-
-
-def _need_no_steps(rules: Sequence[SparsityRule]) -> None:
-    """Refuse rules that are placed on a number of steps which nobody has told."""
-    for at, rule in enumerate(rules):
-        if not isinstance(rule.schedule, Constant) or rule.method in ("mdgf", "sdgf", "transposable"):
-            key = f"method={rule.method}" if rule.is_recipe else f"schedule={rule.schedule.kind}"
-            raise ConfigError(
-                f"sparsity[{at}].{key} is placed on a known number of steps: pass total_steps to Sparsifier"
-            )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsetrain.config.sparsity import ErdosRenyiKernel, SparsityRule
+from sparsetrain.config.sparsity import Constant, ErdosRenyiKernel, SparsityRule
 from sparsetrain.errors import ConfigError
 from sparsetrain.sparsity.distributions import erk_densities
 from sparsetrain.sparsity.matching import Parameter, match_rules
@@ -56,6 +56,20 @@ class _Owned:
         else:
             densities = 1 - levels[:, None]
         return np.minimum(densities, self.initial) @ self.flops
+
+
+def need_no_steps(rules: Sequence[SparsityRule]) -> None:
+    """Refuse rules that are placed on a number of steps which nobody has told.
+
+    Raises:
+        ConfigError: There is such a rule.
+    """
+    for at, rule in enumerate(rules):
+        if not isinstance(rule.schedule, Constant) or rule.method in ("mdgf", "sdgf", "transposable"):
+            key = f"method={rule.method}" if rule.is_recipe else f"schedule={rule.schedule.kind}"
+            raise ConfigError(
+                f"sparsity[{at}].{key} is placed on a known number of steps: pass total_steps to Sparsifier"
+            )
 
 
 def plan_timetables(
