@@ -184,6 +184,21 @@ def test_packing_is_undone_and_masks_move_with_their_weights() -> None:
     assert before.density == before.to_mask().float().mean()
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["stored", "packed"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+def test_a_weight_of_another_dtype_is_cast_and_its_gradient_is_of_its_own(implementation: str, packed: bool) -> None:
+    layout = random_layout(4, 5, (8, 8))
+    x, weight = random(6, 40, seed=0, dtype=torch.bfloat16), random(32, 40, seed=1, dtype=torch.float32)
+    if packed:
+        weight = layout.pack(weight).detach().requires_grad_()
+    with forced(implementation):
+        found = results(block_sparse_linear, x, weight, layout, None)
+        expected = results(block_sparse_linear, x, weight.detach().bfloat16().requires_grad_(), layout, None)
+    assert [one.dtype for one in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.bfloat16(), other)
+
+
 LAYOUT = WeightBlocks.from_mask(torch.ones(2, 3, dtype=torch.bool), (4, 4))
 MISTAKES = {
     "inputs": (lambda: block_sparse_linear(torch.ones(5, 11), torch.ones(8, 12), LAYOUT), r"x is \[5, 11\].*12 inputs"),

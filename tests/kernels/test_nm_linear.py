@@ -231,6 +231,18 @@ def test_results_repeat_bitwise_and_nothing_is_left_unwritten(
     assert all(result.isfinite().all() for result in first)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "gather"])
+def test_a_weight_of_another_dtype_is_cast_and_its_gradient_is_of_its_own(implementation: str) -> None:
+    x, weight = random(6, 8, seed=0, dtype=torch.bfloat16), random(32, 8, seed=1, dtype=torch.float32)
+    selection = NMSelection.largest(weight.detach(), NMPattern(1, 4, 16))
+    with forced(implementation):
+        found = results(nm_linear, x, weight, selection)
+        expected = results(nm_linear, x, weight.detach().bfloat16().requires_grad_(), selection)
+    assert [one.dtype for one in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.bfloat16(), other)
+
+
 def test_the_input_gradient_of_many_groups_is_summed_in_single_precision() -> None:
     weight = torch.full((512, 4), 2.0**-8, dtype=torch.bfloat16)
     weight[:8] = 1
