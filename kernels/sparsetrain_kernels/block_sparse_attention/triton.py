@@ -1,6 +1,5 @@
 """Block-sparse attention in Triton: tiles, launches, and what the kernels cannot do."""
 
-import os
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from sparsetrain_kernels.block_sparse_attention.triton_kernels import (
     forward_kernel,
 )
 from sparsetrain_kernels.current_device import on_its_device
+from sparsetrain_kernels.precision import INTERPRETED, of_triton_products
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MIN_TILE, _MAX_HEAD_DIM = 16, 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(q_BSHD: Tensor, block: int) -> str | None:
     """See `implementations.Support`."""
-    if not q_BSHD.is_cuda and not _INTERPRETED:
+    if not q_BSHD.is_cuda and not INTERPRETED:
         return f"q is on {q_BSHD.device}; move it to a GPU, or pass implementation=None"
     if q_BSHD.dtype not in _DTYPES:
         return f"q is {q_BSHD.dtype}; pass float32, bfloat16 or float16, or implementation='reference'"
@@ -175,15 +174,11 @@ def _tiles(q: Tensor, block: int, *, backward: bool) -> tuple[int, dict[str, Any
 
 
 def _constants(q: Tensor, visible: Visibility) -> dict[str, Any]:
-    # The interpreter multiplies the raw bits of bfloat16.
-    upcast = _INTERPRETED and q.dtype == torch.bfloat16
-    exact = q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
         "HEAD_DIM": q.shape[3],
         "D": max(_MIN_TILE, triton.next_power_of_2(q.shape[3])),
         "BLOCK": visible.block,
         "CAUSAL": visible.causal,
         "HAS_BOUNDS": visible.bounds is not None,
-        "PRECISION": "ieee" if exact else "tf32",
-        "UPCAST": upcast,
+        **of_triton_products(q),
     }

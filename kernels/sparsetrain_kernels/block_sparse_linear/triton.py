@@ -4,8 +4,6 @@ Deterministic: every entry of a result is summed by one program in a fixed order
 T tokens, N outputs, K inputs; r x c entries of a block.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_sparse_linear.layout import Grid, unpack_index
 from sparsetrain_kernels.current_device import on_its_device
+from sparsetrain_kernels.precision import of_triton_products
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_TILE = 64
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Sizes of blocks, in either direction, that the kernels are written for."""
@@ -60,7 +58,7 @@ def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, pack
         TILE_C=tile_c,
         TILE_T=32,
         PACKED=packed,
-        **_precision(x_TK),
+        **of_triton_products(x_TK),
     )
     return gradient
 
@@ -103,15 +101,9 @@ def _gather_products(
         TILE_OUT=tile_out,
         BY_COLUMN=by_column,
         PACKED=weight.ndim == 3,
-        **_precision(a),
+        **of_triton_products(a),
     )
     return out
-
-
-def _precision(a: Tensor) -> dict[str, object]:
-    """How products are computed: as torch would, and in fp32 under the interpreter, which multiplies bf16 wrongly."""
-    tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": _INTERPRETED}
 
 
 @triton.jit

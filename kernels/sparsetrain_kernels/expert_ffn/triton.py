@@ -3,8 +3,6 @@
 Shapes: R rows, E experts, T tokens, D model dim, F hidden dim, H = 2F for SwiGLU (gate rows, then up rows), F for GELU.
 """
 
-import os
-
 import torch
 import triton
 from torch import Tensor
@@ -12,8 +10,7 @@ from torch import Tensor
 from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.expert_ffn import triton_kernels as kernels
 from sparsetrain_kernels.expert_ffn.matrices import Experts, Matrices
-
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from sparsetrain_kernels.precision import of_triton_products
 
 
 @on_its_device
@@ -54,7 +51,7 @@ def forward(
         GATED=activation == "swiglu",
         UNIT=experts.w_in.unit,
         **tiles,
-        **_precision(x),
+        **of_triton_products(x),
     )
     return grouped_product(a_RF, experts.w_out.mT, ends_E, experts.b_out), h_RH
 
@@ -103,7 +100,7 @@ def backward(
             GATED=activation == "swiglu",
             UNIT=experts.w_out.unit,
             **tiles,
-            **_precision(x),
+            **of_triton_products(x),
         )
     if gradients is not None:
         grouped_outer_product(dh_RH, x, token_R, ends_E, gradients.w_in, gradients.b_in, add=add)
@@ -132,7 +129,7 @@ def grouped_product(a_RK: Tensor, w: Matrices, ends_E: Tensor, bias: Matrices | 
         *w.base.stride()[-2:],
         UNIT=w.unit,
         **tiles,
-        **_precision(a_RK),
+        **of_triton_products(a_RK),
     )
     return out_RN
 
@@ -174,7 +171,7 @@ def grouped_outer_product(
         ADD=add,
         UNIT=out.unit,
         **tiles,
-        **_precision(left_RN),
+        **of_triton_products(left_RN),
     )
 
 
@@ -209,9 +206,3 @@ def _programs(num_rows: int, num_experts: int, num_outputs: int, tiles: dict[str
 
 def _is_wide(a: Tensor) -> bool:
     return a.dtype == torch.float32
-
-
-def _precision(a: Tensor) -> dict[str, object]:
-    """How products are computed: as torch would, and in fp32 under the interpreter, which multiplies bf16 wrongly."""
-    tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": _INTERPRETED}

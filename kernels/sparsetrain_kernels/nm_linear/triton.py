@@ -3,8 +3,6 @@
 T tokens, N outputs in G groups of V, K inputs, P = K·n/m kept inputs of a group.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +11,8 @@ from torch import Tensor
 from sparsetrain_kernels.current_device import on_its_device
 from sparsetrain_kernels.nm_linear.dense import compress, expand
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
+from sparsetrain_kernels.precision import of_triton_products
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _TILE_T = 64
 _TILE_P = 32
 
@@ -45,7 +43,7 @@ def output(
             TILE_T=_TILE_T,
             TILE_V=tile_v,
             TILE_P=_TILE_P,
-            **_precision(x_TK),
+            **of_triton_products(x_TK),
         )
     return y_TN
 
@@ -78,7 +76,7 @@ def input_gradient(
             TILE_V=min(pattern.vector, 64),
             TILE_P=tile_p,
             OWNED=owned,
-            **_precision(dy_TN),
+            **of_triton_products(dy_TN),
         )
     return total_TK.to(dy_TN.dtype)
 
@@ -109,7 +107,7 @@ def weight_gradient(
             TILE_T=_TILE_T,
             TILE_V=tile_v,
             TILE_P=_TILE_P,
-            **_precision(x_TK),
+            **of_triton_products(x_TK),
         )
     values_NP = values_NP.to(dtype)
     return values_NP if compressed else expand(values_NP, columns_GP, x_TK.shape[1], pattern.vector)
@@ -162,12 +160,6 @@ def sparsify_2_4(weight_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _values(weight: Tensor, columns_GP: Tensor, pattern: NMPattern, num_inputs: int) -> Tensor:
     return weight if weight.shape[1] != num_inputs else compress(weight, columns_GP, pattern.vector)
-
-
-def _precision(a: Tensor) -> dict[str, object]:
-    """How products are computed: as torch would, and in fp32 under the interpreter, which multiplies bf16 wrongly."""
-    tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": _INTERPRETED}
 
 
 @triton.jit
