@@ -51,7 +51,7 @@ def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, pack
     products_Pc = dy_TN.new_empty(len(pieces_P) + 1, grid.block_columns)
     products_Pc[-1] = 0  # the piece that dead blocks get
     parts = torch.split(products_Pc[:-1], [count * grid.block_rows for count in reads.counts])
-    beside = reads.buffer(len(dy_TN))
+    beside = _Buffer(reads, len(dy_TN))
     for column, (part, x_Tc) in enumerate(zip(parts, torch.split(x_TK, grid.block_columns, 1), strict=True)):
         if len(part):
             torch.mm(beside(column, dy_TN).T, x_Tc, out=part)
@@ -76,21 +76,14 @@ class _Reads:
         bytes_per_token = max(self.counts) * self.width * self.matrix_TX.itemsize
         return min(max(_FEWEST_TOKENS, _CACHE_BYTES // max(bytes_per_token, 1)), len(self.matrix_TX))
 
-    def buffer(self, most_tokens: int) -> "_Buffer":
-        """Memory for what any of the products reads of so many tokens."""
-        return _Buffer(self, most_tokens)
-
 
 class _Buffer:
-    """Memory that pieces are copied into side by side, again and again."""
+    """Memory for what any of the products reads of so many tokens: pieces are copied there side by side."""
 
     def __init__(self, reads: _Reads, most_tokens: int) -> None:
         self.reads = reads
         num_slabs = reads.matrix_TX.shape[1] // reads.width
-        first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * num_slabs
-        self.pieces = [
-            first_T1 + slabs if first is None else None for slabs, first in zip(reads.slabs, reads.firsts, strict=True)
-        ]
+        self.first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * num_slabs
         self.memory = new_result(reads.matrix_TX, most_tokens * max(reads.counts), reads.width)
 
     def __call__(self, product: int, tokens_TX: Tensor) -> Tensor:
@@ -98,10 +91,9 @@ class _Buffer:
         width, count, first = self.reads.width, self.reads.counts[product], self.reads.firsts[product]
         if first is not None:
             return tokens_TX[:, first * width : (first + count) * width]
-        pieces = self.pieces[product]
-        assert pieces is not None
+        pieces_TB = self.first_T1[: len(tokens_TX)] + self.reads.slabs[product]
         gathered = self.memory[: len(tokens_TX) * count]
-        torch.index_select(tokens_TX.view(-1, width), 0, pieces[: len(tokens_TX)].view(-1), out=gathered)
+        torch.index_select(tokens_TX.view(-1, width), 0, pieces_TB.view(-1), out=gathered)
         return gathered.view(len(tokens_TX), count * width)
 
 
@@ -111,7 +103,7 @@ def _products(reads: _Reads, matrices: Sequence[Tensor | None], biases: Sequence
     if not len(reads.matrix_TX):
         return out_TY
     num_tokens = reads.tokens_in_cache()
-    beside = reads.buffer(num_tokens)
+    beside = _Buffer(reads, num_tokens)
     for tokens_TX, out in zip(torch.split(reads.matrix_TX, num_tokens), torch.split(out_TY, num_tokens), strict=True):
         for product, (matrix, bias, out_Ty) in enumerate(
             zip(matrices, biases, torch.split(out, width, 1), strict=True)
