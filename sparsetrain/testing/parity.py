@@ -151,9 +151,13 @@ def train_layouts(kind: str, layouts: Mapping[str, Mapping[str, Any]], steps: in
 
 
 def run_config(
-    kind: str, parallel: Mapping[str, Any], steps: int = STEPS, overrides: Mapping[str, Any] | None = None
+    kind: str,
+    parallel: Mapping[str, Any],
+    steps: int = STEPS,
+    overrides: Mapping[str, Any] | None = None,
+    rules: Sequence[Mapping[str, Any]] | None = None,
 ) -> RunConfig:
-    """The run of a kind of model in a layout, with `overrides` for DeepSpeed."""
+    """The run of a kind of model in a layout, with `overrides` for DeepSpeed, and with `rules` instead of its own."""
     return RunConfig.model_validate(
         {
             "name": "parity",
@@ -164,6 +168,7 @@ def run_config(
             "parallel": dict(parallel),
             "engine_overrides": {"deepspeed": dict(overrides or {})},
             **model_config(kind),
+            **({} if rules is None else {"sparsity": rules}),
         }
     )
 
@@ -175,10 +180,14 @@ def build_engine(config: RunConfig, world: World) -> Engine:
 
 
 def train_layout(
-    kind: str, parallel: Mapping[str, Any], steps: int = STEPS, overrides: Mapping[str, Any] | None = None
+    kind: str,
+    parallel: Mapping[str, Any],
+    steps: int = STEPS,
+    overrides: Mapping[str, Any] | None = None,
+    rules: Sequence[Mapping[str, Any]] | None = None,
 ) -> Curve:
-    """Train from the same weights on the same batches, with `overrides` for DeepSpeed; collective."""
-    config = run_config(kind, parallel, steps, overrides)
+    """Train from the same weights on the same batches; arguments as for `run_config`; collective."""
+    config = run_config(kind, parallel, steps, overrides, rules)
     on_this_machine = megatron_on_cpu() if config.parallel.engine == "megatron" else nullcontext()
     with on_this_machine, join_world(config) as world:
         engine = build_engine(config, world)
