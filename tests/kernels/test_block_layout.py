@@ -300,6 +300,7 @@ def test_integers_of_numpy_are_integers() -> None:
         (lambda: BlockLayout.build(Local(1), 64) | Sink(1), "lay that out with BlockLayout.build"),  # type: ignore[operator]
         (lambda: BlockLayout.from_mask([[True]]), "mask is a list: must be a bool tensor"),  # type: ignore[arg-type]
         (lambda: BlockLayout.from_mask(torch.ones(2, 2)), "must be bool"),
+        (lambda: BlockLayout.from_block_mask(torch.ones(1, 2, 2)), "block_mask is a Tensor: must be FlexAttention's"),  # type: ignore[arg-type]
         (lambda: BlockLayout.build(Local(1), 64).slice_queries(0, 2), "query blocks 0 to 2 of 1"),
         (
             lambda: BlockLayout.build(Local(1), 64) | BlockLayout.build(Local(1), 128),

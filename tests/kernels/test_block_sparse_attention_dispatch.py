@@ -8,6 +8,7 @@ from sparsetrain_kernels import BlockLayout, block_sparse_attention, dispatch
 from sparsetrain_kernels.block_layout import Dense, Local
 from sparsetrain_kernels.block_sparse_attention.implementations import BACKWARD, FORWARD, problem_of
 from sparsetrain_kernels.dispatch import DENSE, Operation, Problem, Table
+from sparsetrain_kernels.dispatch.table import shipped_table
 
 from sparsetrain.testing import assert_close
 
@@ -51,6 +52,17 @@ def test_each_pass_has_a_choice_of_its_own_by_measured_times() -> None:
     assert found == {FORWARD.name: DENSE, BACKWARD.name: "cpu"}
     told = dispatch.explain(BACKWARD.name, "cpu", torch.float32, "block 64, causal", SIZES, 0.4)
     assert "cpu (expected 2 ms, dense 4 ms" in told
+
+
+def test_wide_heads_are_chosen_for_by_times_of_wide_heads() -> None:
+    """A dense mask costs the same for a head of 128 as for one of 64, so what gains at 64 may lose at 128."""
+    with shipped_table("amd-epyc-avx512-bf16").open() as file:
+        table = Table.read(file, "shipped", "cpu")
+
+    narrow = Table("narrow", {problem: times for problem, times in table.times.items() if problem.sizes[-1] == 64})
+    problem = Problem(FORWARD.name, "block 32", "cpu", torch.float32, (4, 1194, 1194, 128), 0.97, 1)
+    chosen = [times.choose(problem, ["cpu"], FORWARD.near).implementation for times in (table, narrow)]
+    assert chosen == [DENSE, "cpu"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,15 @@ def block_mask_to_mask(block_mask: "BlockMask") -> tuple[Tensor, int]:
     """Bool [H or 1, Q, K] of its full and partial blocks, and the tokens of a block.
 
     Raises:
-        ValueError: Blocks that are not square, or that differ between samples.
+        ValueError: No BlockMask, blocks that are not square, or that differ between samples.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(
+            f"block_mask is a {type(block_mask).__name__}: must be FlexAttention's BlockMask; "
+            "BlockLayout.from_mask takes a mask of blocks"
+        )
     block, key_block = block_mask.BLOCK_SIZE
     if block != key_block:
         raise ValueError(f"block_mask.BLOCK_SIZE is {block_mask.BLOCK_SIZE}: must be square, rebuild it with one size")

@@ -32,7 +32,7 @@ mask takes too much memory, however many of its entries are seen."""
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 _LENGTHS = {"cpu": (128, 256, 512, 1024), "cuda": (1024, 2048)}
 _HEADS = {"cpu": 8, "cuda": 32}
-_HEAD_DIMS = {"cpu": (64,), "cuda": (64, 128)}
+_HEAD_DIMS = {"cpu": (64, 128), "cuda": (64, 128)}
 _BLOCKS = {"cpu": (32, 64), "cuda": (64,)}
 _DENSITIES = ((0.25, ""), (0.5, ""), (1.0, ""), (1.0, ", whole"))
 """With the word for what hides nothing; without it every block may be listed and documents hide some."""
