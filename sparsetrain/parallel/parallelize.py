@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.errors import ShardingError
-from sparsetrain.moe import Experts, ExpertSpec, MoELayer, moe_layers
+from sparsetrain.moe import Experts, MoELayer, moe_layers
 from sparsetrain.moe.placement import own_evenly
 from sparsetrain.parallel.fssdp.experts import ShardedExperts
 from sparsetrain.parallel.fssdp.groups import ExpertGroups
@@ -81,8 +81,8 @@ def parallelize_experts(
     """Replace the experts of every MoELayer by ones spread over ranks; nothing else changes.
 
     The owned experts of all layers of one shape become the rows of one `ExpertStore`, a submodule of the first of these
-    layers' experts (not of the model, which may be an nn.Sequential and would run it). Weights on the meta device stay
-    there, to be materialised and initialised through their shards.
+    layers' experts (not of the model, which may be an nn.Sequential and would run it). Frozen weights stay frozen, and
+    those on the meta device stay there, to be materialised and initialised through their shards.
 
     Raises:
         ShardingError: The model has no MoELayers, or has been parallelized before.
@@ -93,17 +93,19 @@ def parallelize_experts(
         raise ShardingError(f"experts={kind!r}: expected ep, fssdp or None")
     if not layers:
         raise ShardingError(f'experts="{kind}": {type(model).__name__} holds no MoELayer; pass experts=None')
-    shapes = _by_shape(layers, kind)
-    for _, num_experts in shapes:  # before anything is replaced: a model that is refused stays as it was
-        require_an_expert_each(num_experts, groups.size)
+    alike = _alike(layers, kind)
+    for (_, _, experts), *_ in alike:  # before anything is replaced: a model that is refused stays as it was
+        require_an_expert_each(experts.num_experts, groups.size)
     runtimes = []
-    for (spec, num_experts), members in shapes.items():
+    for members in alike:
         paths = [f"{path}.experts" if path else "experts" for path, _, _ in members]
-        first = members[0][2].w_in
+        first = members[0][2]
         store = ExpertStore(
-            spec, paths, num_experts, own_evenly(len(members), num_experts, groups.size), groups,
-            device=first.device, dtype=first.dtype,
+            first.spec, paths, first.num_experts, own_evenly(len(members), first.num_experts, groups.size), groups,
+            device=first.w_in.device, dtype=first.w_in.dtype,
         )  # fmt: skip
+        for name, parameter in first.named_parameters():
+            store.stack(name).requires_grad_(parameter.requires_grad)
         runtime = Runtime(store, options, replicates=kind == "fssdp")
         for at, (_, layer, experts) in enumerate(members):
             store.adopt(at, experts)
@@ -140,16 +142,20 @@ def set_gradient_sync(model: nn.Module, on: bool) -> None:
             module.requires_gradient_sync = on
 
 
-def _by_shape(
-    layers: list[tuple[str, MoELayer]], kind: str
-) -> dict[tuple[ExpertSpec, int], list[tuple[str, MoELayer, Experts]]]:
-    """Layers whose experts can share a store, in the order of the model."""
-    shapes: dict[tuple[ExpertSpec, int], list[tuple[str, MoELayer, Experts]]] = defaultdict(list)
+Member = tuple[str, MoELayer, Experts]
+"""A layer with its path and its experts."""
+
+
+def _alike(layers: list[tuple[str, MoELayer]], kind: str) -> list[list[Member]]:
+    """Layers whose experts can share a store: of one shape and dtype, the same of their weights trained."""
+    alike: dict[object, list[Member]] = defaultdict(list)
     for path, layer in layers:
-        if not isinstance(layer.experts, Experts):
+        experts = layer.experts
+        if not isinstance(experts, Experts):
             raise ShardingError(f'experts="{kind}": the experts of {path or "the layer"} are spread over ranks already')
-        shapes[layer.experts.spec, layer.experts.num_experts].append((path, layer, layer.experts))
-    return shapes
+        trained = tuple(parameter.requires_grad for parameter in experts.parameters())
+        alike[experts.spec, experts.num_experts, experts.w_in.dtype, trained].append((path, layer, experts))
+    return list(alike.values())
 
 
 def _device_of(model: nn.Module) -> torch.device:

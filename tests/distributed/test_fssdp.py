@@ -155,6 +155,20 @@ def check_experts_learn_where_nothing_before_them_does() -> None:
     assert_same_gradients(model, oracle)
 
 
+def check_frozen_experts_stay_frozen() -> None:
+    """All weights of the first layer, and one of the second; nothing before them is trained."""
+    model, x = Model(num_layers=3).requires_grad_(False), inputs([9, 4], 0)
+    trained = [model.layers[1].experts.w_out, *model.layers[2].experts.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_()
+    parallelize(model, experts="fssdp", shard=None)
+    model(x).square().sum().backward()
+    stores = [runtime.store for runtime in runtimes_of(model)]
+    assert [len(store.layer_paths) for store in stores] == [1, 1, 1]
+    found = [[parameter.grad is not None for parameter in store.parameters()] for store in stores]
+    assert found == [[False, False], [False, True], [True, True]]
+
+
 def check_peak_of_replicas(*, rematerialise: bool) -> None:
     """What is alive of replicas, whenever some are made: two layers' weights and one layer's gradients, or the formula.
 
@@ -263,6 +277,7 @@ def check_all() -> None:
     check_replicas_of_old_weights_are_not_used()
     check_all_tokens_to_one_rank()
     check_experts_learn_where_nothing_before_them_does()
+    check_frozen_experts_stay_frozen()
     check_slots_follow_measured_costs()
     check_the_paper_measures_how_many_experts_travel()
     for rematerialise in (False, True):

@@ -46,7 +46,7 @@ class ShardedExperts(nn.Module):
         dtype = compute_dtype(x_TD)
         call = self.runtime.begin(self.layer, routing, dtype)
         # A weight among the inputs makes the backward pass come here also on a rank whose tokens need no gradient.
-        anchor = self.runtime.store.stack("w_in")
+        anchor = self.runtime.store.trained_stack
         y_TD: Tensor = _Exchanged.apply(  # type: ignore[no-untyped-call]
             x_TD.to(dtype), routing.weight_R, anchor, routing.token_R, call, self.runtime
         )

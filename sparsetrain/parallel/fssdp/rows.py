@@ -91,6 +91,12 @@ class ExpertRows(nn.Module):
         assert parameter is not None
         return parameter
 
+    @property
+    def trained_stack(self) -> nn.Parameter:
+        """The first parameter that is not frozen; the first of all where every one is."""
+        stacks = [self.stack(name) for name in self.spec.shapes]
+        return next((stack for stack in stacks if stack.requires_grad), stacks[0])
+
     def check_owners(self, owners_LE: IntArray) -> None:
         """Raise PlacementError unless these are owners of all experts among the ranks of a group."""
         num_ranks = self.groups.size
