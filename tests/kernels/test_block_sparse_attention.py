@@ -372,6 +372,7 @@ ONE = torch.ones(2, 57, 2, 16)
         ({"q": [1.0]}, "q is a list: must be a tensor"),
         ({"layout": CALL.layout().to_mask()}, "layout is a Tensor: must be a BlockLayout; BlockLayout.from_mask makes"),
         ({"cu_seqlens": [0, 57]}, "cu_seqlens is a list: must be an integer tensor"),
+        ({"causal": None}, "causal=None: must be True or False"),
         ({"scale": float("nan")}, "scale=nan: must be a finite number"),
         ({"implementation": "cuda"}, "implementation='cuda': must be one of reference, dense, cpu, triton"),
     ],

@@ -46,6 +46,8 @@ def check_layout(layout: BlockLayout, q: Tensor, k: Tensor, *, causal: bool) -> 
     layout.check_lengths(q.shape[1], k.shape[1])
     if layout.device != q.device:
         raise ValueError(f"layout is on {layout.device} but q is on {q.device}: pass layout.to(q.device)")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal={causal!r}: must be True or False")
     if causal and layout.blind_if_causal is not None:
         head, row = layout.blind_if_causal
         raise ValueError(
