@@ -253,6 +253,31 @@ def test_shapes_that_do_not_fit_are_refused(change: dict[str, object], message: 
             moe_ffn(x.to(dtype), case.token_R, weight, wrong.counts_E, *weights, activation=wrong.activation)  # type: ignore[arg-type]
 
 
+def test_weights_and_tokens_that_do_not_fit_are_refused() -> None:
+    case = Case([3, 0, 2], "swiglu", bias=False)
+    x, weight, w_in, w_out = case.inputs()
+    calls = {
+        r"w_out has shape \(10, 14\): expected \[E, D, F\]": (case.token_R, weight, case.counts_E, w_in, w_out[0]),
+        "token_R is torch.int32 .*: expected int64": (case.token_R.int(), weight, case.counts_E, w_in, w_out),
+        r"weight_R .*: expected floats of shape \(5,\)": (case.token_R, weight[:4], case.counts_E, w_in, w_out),
+    }
+    for message, arguments in calls.items():
+        with pytest.raises(ValueError, match=message):
+            moe_ffn(x, *arguments)
+    with pytest.raises(ValueError, match="b_out = None, and the other is given: pass b_in and b_out, or neither"):
+        expert_ffn(x, case.counts_E, w_in, w_out, b_in=w_in[:, :, 0])
+
+
+def test_lists_that_do_not_fit_are_refused() -> None:
+    case = Case([3, 0, 2], "swiglu", bias=False)
+    x_RD = random(5, case.dim, seed=6, dtype=torch.float32)
+    w_in, w_out = ([*w] for w in case.weights(torch.float32))
+    with pytest.raises(ValueError, match="2 counts, 3 of w_in and 3 of w_out: expected one of each for every expert"):
+        expert_ffn_forward(x_RD, [3, 2], w_in, w_out, None, None, "swiglu")
+    with pytest.raises(ValueError, match="activation = relu: expected swiglu or gelu"):
+        expert_ffn_forward(x_RD, case.counts, w_in, w_out, None, None, "relu")
+
+
 def test_rounded_rows_repeat_their_experts_last_row_without_weight() -> None:
     token_R, weight_R = torch.arange(70) + 100, torch.rand(70) + 1
     tiles = whole_tiles([3, 0, 66, 1], 70, torch.bfloat16, token_R.device)

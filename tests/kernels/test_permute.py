@@ -115,3 +115,26 @@ def test_rows_are_sorted_by_expert_then_by_token(expert_TK: list[list[int]], dty
 def test_no_tokens_make_no_rows() -> None:
     token_R, row_of_TK, counts_E = sort_by_expert(torch.zeros(0, 2, dtype=torch.int64), 3)
     assert (token_R.shape, row_of_TK.shape, counts_E.tolist()) == ((0,), (0, 2), [0, 0, 0])
+
+
+TOKEN_R = torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: permute(torch.ones(3), TOKEN_R), r"x_TD is torch.float32 of shape \(3,\): expected floats of two"),
+        (lambda: permute(torch.ones(3, 2), TOKEN_R.int()), "token_R is torch.int32 .*: expected int64"),
+        (lambda: unpermute(torch.ones(2, 2), torch.ones(2), TOKEN_R, 2), r"token_R .*: expected int64 of shape \(2,\)"),
+        (
+            lambda: unpermute(torch.ones(3, 2), torch.ones(2), TOKEN_R, 2),
+            r"weight_R .*: expected floats of shape \(3,\)",
+        ),
+        (lambda: sort_by_expert(TOKEN_R, 2), r"expert_TK is torch.int64 of shape \(3,\): expected integers of two"),
+        (lambda: sort_by_expert(TOKEN_R.view(3, 1), 0), "num_experts = 0: expected at least 1"),
+    ],
+    ids=["vector", "int32-tokens", "rows", "weights", "experts-of-tokens", "no-experts"],
+)
+def test_tensors_that_do_not_fit_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

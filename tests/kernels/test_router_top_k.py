@@ -49,8 +49,21 @@ def test_it_passes_torchs_own_checks(device: str) -> None:
 
 @pytest.mark.parametrize("top_k", [0, 5])
 def test_more_choices_than_experts_are_refused(top_k: int) -> None:
-    with pytest.raises(ValueError, match=rf"top_k = {top_k}, logits \(3, 4\): expected"):
+    with pytest.raises(ValueError, match=f"top_k = {top_k}: expected 1 to 4"):
         router_top_k(torch.zeros(3, 4), top_k, renormalise=True)
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (torch.zeros(4), r"logits_TE is torch.float32 of shape \(4,\): expected floats of two dimensions"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"logits_TE is torch.int64 of shape \(3, 4\): expected floats"),
+    ],
+    ids=["vector", "integers"],
+)
+def test_logits_of_other_shapes_and_dtypes_are_refused(logits: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        router_top_k(logits, 1, renormalise=True)
 
 
 COMPILE = """

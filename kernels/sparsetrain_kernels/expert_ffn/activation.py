@@ -13,6 +13,12 @@ Activation = Literal["swiglu", "gelu"]
 _aten = torch.ops.aten
 
 
+def check_activation(activation: str) -> None:
+    """Raise ValueError where there is no such activation."""
+    if activation not in ("swiglu", "gelu"):
+        raise ValueError(f"activation = {activation}: expected swiglu or gelu")
+
+
 def activate(h_RH: Tensor, activation: str, out_RF: Tensor) -> Tensor:
     """silu(gate) · up, or gelu(h) in its tanh form, written to `out_RF` and returned."""
     if activation == "gelu":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.expert_ffn.activation import check_activation
 from sparsetrain_kernels.expert_ffn.blocks import Biases, Weights
 from sparsetrain_kernels.expert_ffn.by_expert import backward_of_rows, forward_of_rows
 from sparsetrain_kernels.expert_ffn.matrices import Experts, listed, to_device
@@ -43,8 +44,13 @@ def expert_ffn_forward(
         saved: What the backward pass needs besides.
 
     Raises:
-        ValueError: The counts do not add up to R, or on a GPU weights that do not match each other.
+        ValueError: The counts do not add up to R or are not those of all experts, there is no such activation, or on a
+            GPU weights that do not match each other.
     """
+    check_activation(activation)
+    if not len(counts) == len(w_in) == len(w_out):
+        lengths = f"{len(counts)} counts, {len(w_in)} of w_in and {len(w_out)} of w_out"
+        raise ValueError(f"{lengths}: expected one of each for every expert")
     if not runs_triton(x_RD):
         y_RD, h_PH = forward_of_rows(x_RD, counts, Weights(w_in, w_out, b_in, b_out), activation)
         return y_RD, (h_PH,)

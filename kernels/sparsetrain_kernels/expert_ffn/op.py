@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.expert_ffn.activation import Activation
+from sparsetrain_kernels.expert_ffn.activation import Activation, check_activation
 from sparsetrain_kernels.expert_ffn.passes import rows_backward, rows_forward, tokens_backward, tokens_forward
 from sparsetrain_kernels.expert_ffn.rounding import num_rounded_rows
 from sparsetrain_kernels.memory import new_result
+from sparsetrain_kernels.permute.op import check_tokens, check_weights
 from sparsetrain_kernels.precision import compute_dtype
 
 
@@ -44,7 +45,7 @@ def expert_ffn(
         [R, D] in the dtype of the products.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other, or another activation.
     """
     _check(x_RD, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation)
     x_RD = x_RD.to(compute_dtype(x_RD))
@@ -81,9 +82,11 @@ def moe_ffn(
         [T, D] in the dtype of the products; 0 for tokens that have no row.
 
     Raises:
-        ValueError: Shapes that do not fit each other.
+        ValueError: Shapes that do not fit each other, or another activation.
     """
     _check(x_TD, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation)
+    check_tokens(token_R)
+    check_weights(weight_R, num_rows=token_R.shape[0])
     x_TD = x_TD.to(compute_dtype(x_TD))
     y_TD: Tensor = torch.ops.sparsetrain.moe_ffn(
         x_TD, token_R, weight_R, counts_E, w_in_EHD, w_out_EDF, b_in, b_out, activation
@@ -100,12 +103,14 @@ def _check(
     b_out: Tensor | None,
     activation: str,
 ) -> None:
+    check_activation(activation)
+    if w_out.dim() != 3:
+        raise ValueError(f"w_out has shape {tuple(w_out.shape)}: expected [E, D, F], a matrix of each expert")
     num_experts, dim, hidden_dim = w_out.shape
-    in_dim = {"swiglu": 2 * hidden_dim, "gelu": hidden_dim}.get(activation)
-    if in_dim is None:
-        raise ValueError(f"activation = {activation}: expected swiglu or gelu")
+    in_dim = 2 * hidden_dim if activation == "swiglu" else hidden_dim
     if (b_in is None) != (b_out is None):
-        raise ValueError("b_in and b_out: both or neither")
+        missing = "b_in" if b_in is None else "b_out"
+        raise ValueError(f"{missing} = None, and the other is given: pass b_in and b_out, or neither")
     expected = {"counts_E": (num_experts,), "w_in": (num_experts, in_dim, dim), "x": (x.shape[0], dim)}
     found = {"counts_E": counts_E.shape, "w_in": w_in.shape, "x": x.shape}
     if b_in is not None and b_out is not None:

@@ -22,7 +22,12 @@ def permute(x_TD: Tensor, token_R: Tensor) -> Tensor:
 
     Returns:
         [R, D] in the dtype of x.
+
+    Raises:
+        ValueError: Tensors of other shapes or dtypes.
     """
+    check_matrix("x_TD", x_TD)
+    check_tokens(token_R)
     x_RD: Tensor = torch.ops.sparsetrain.permute(x_TD, token_R)
     return x_RD
 
@@ -38,9 +43,35 @@ def unpermute(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) 
 
     Returns:
         [T, D] in the dtype of y; 0 for tokens that have no row.
+
+    Raises:
+        ValueError: Tensors of other shapes or dtypes.
     """
+    check_matrix("y_RD", y_RD)
+    check_tokens(token_R, num_rows=y_RD.shape[0])
+    check_weights(weight_R, num_rows=y_RD.shape[0])
     y_TD: Tensor = torch.ops.sparsetrain.unpermute(y_RD, weight_R, token_R, num_tokens)
     return y_TD
+
+
+def check_matrix(name: str, x: Tensor) -> None:
+    """Raise ValueError unless it is a matrix of floats."""
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}: expected floats of two dimensions")
+
+
+def check_tokens(token_R: Tensor, num_rows: int | None = None) -> None:
+    """Raise ValueError unless it has one token for each row; how large they are is not looked at."""
+    if token_R.dim() != 1 or token_R.dtype != torch.int64 or num_rows not in (None, token_R.shape[0]):
+        expected = "one dimension" if num_rows is None else f"shape ({num_rows},)"
+        raise ValueError(f"token_R is {token_R.dtype} of shape {tuple(token_R.shape)}: expected int64 of {expected}")
+
+
+def check_weights(weight_R: Tensor, num_rows: int) -> None:
+    """Raise ValueError unless it has one weight for each row."""
+    if tuple(weight_R.shape) != (num_rows,) or not weight_R.is_floating_point():
+        found = f"{weight_R.dtype} of shape {tuple(weight_R.shape)}"
+        raise ValueError(f"weight_R is {found}: expected floats of shape ({num_rows},)")
 
 
 def backend_of(x: Tensor) -> Any:

@@ -22,7 +22,15 @@ def sort_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
         token_R: int64, the token of each row.
         row_of_TK: int64, the row of each assignment: `values_TK.flatten()` scattered to it are in row order.
         counts_E: int64, rows of each expert.
+
+    Raises:
+        ValueError: Not integers of two dimensions, or E is not positive.
     """
+    if expert_TK.dim() != 2 or expert_TK.is_floating_point() or expert_TK.dtype == torch.bool:
+        found = f"{expert_TK.dtype} of shape {tuple(expert_TK.shape)}"
+        raise ValueError(f"expert_TK is {found}: expected integers of two dimensions, tokens and their experts")
+    if num_experts < 1:
+        raise ValueError(f"num_experts = {num_experts}: expected at least 1")
     token_R, row_of_TK, counts_E = torch.ops.sparsetrain.sort_by_expert(expert_TK, num_experts)
     return token_R, row_of_TK, counts_E
 

@@ -26,10 +26,13 @@ def router_top_k(logits_TE: Tensor, top_k: int, *, renormalise: bool) -> tuple[T
         expert_TK: int64. Of equal scores the first wins on a GPU; on a CPU it is not said which.
 
     Raises:
-        ValueError: K is not in 1 to E, or logits have not two dimensions.
+        ValueError: K is not in 1 to E, or logits are not floats of two dimensions.
     """
-    if logits_TE.dim() != 2 or not 1 <= top_k <= logits_TE.shape[1]:
-        raise ValueError(f"top_k = {top_k}, logits {tuple(logits_TE.shape)}: expected [T, E] and 1 <= top_k <= E")
+    if logits_TE.dim() != 2 or not logits_TE.is_floating_point():
+        found = f"{logits_TE.dtype} of shape {tuple(logits_TE.shape)}"
+        raise ValueError(f"logits_TE is {found}: expected floats of two dimensions, tokens and experts")
+    if not 1 <= top_k <= logits_TE.shape[1]:
+        raise ValueError(f"top_k = {top_k}: expected 1 to {logits_TE.shape[1]}, the number of experts")
     weight_TK, expert_TK = torch.ops.sparsetrain.router_top_k(logits_TE, top_k, renormalise)
     return weight_TK, expert_TK
 
