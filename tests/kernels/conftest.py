@@ -16,7 +16,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=[pytest.mark.gpu] if torch.cuda.is_available() else [])])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where it is computed, by each backend of rows; Triton in its interpreter where there is no GPU."""
     if request.param == "triton":
