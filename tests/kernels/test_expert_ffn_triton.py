@@ -176,18 +176,18 @@ def apart(stack: Tensor) -> list[Tensor]:
 
 @on_both
 def test_lists_of_weights_that_do_not_match_are_refused(device: str) -> None:
-    case = Case([3, 2], "swiglu", bias=False)
+    case = Case([3, 0, 2], "swiglu", bias=False)
     x_RD = random(5, case.dim, seed=6, dtype=torch.float32).to(device)
     w_in, w_out = ([*w.to(device)] for w in case.weights(torch.float32))
     refused = {
-        "the weight of expert 1 is .*expected one shape, dtype and device": [w_in[0], w_in[1].double()],
+        "the weight of expert 1 is .*expected one shape, dtype and device": [w_in[0], w_in[1].double(), w_in[2]],
         r"the weight of expert 0, .* is not contiguous: pass .contiguous\(\)": [w.mT.contiguous().mT for w in w_in],
     }
     for message, wrong in refused.items():
         with pytest.raises(ValueError, match=message):
-            expert_ffn_forward(x_RD, [3, 2], wrong, w_out, None, None, "swiglu")
+            expert_ffn_forward(x_RD, case.counts, wrong, w_out, None, None, "swiglu")
     with pytest.raises(ValueError, match="counts add up to 4 rows, and there are 5"):
-        expert_ffn_forward(x_RD, [3, 1], w_in, w_out, None, None, "swiglu")
+        expert_ffn_forward(x_RD, [3, 0, 1], w_in, w_out, None, None, "swiglu")
 
 
 @on_both
