@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import RayError
 
 from sparsetrain.config import ClusterConfig
 from sparsetrain.errors import ClusterError
@@ -123,7 +123,9 @@ def count_nodes_anew() -> None:
     outlives runs and counts every 20 s: without this, a run would begin without nodes that have just joined.
     """
     name = "AutoscalingCoordinator"
-    with contextlib.suppress(ValueError, GetTimeoutError):  # there is none yet, and one that starts counts at once
+    # There may be none yet, and one that starts counts at once; or it was on a node that is lost, or busy. A run then
+    # begins with the nodes of the last count.
+    with contextlib.suppress(ValueError, AttributeError, TypeError, RayError):
         coordinator = ray.get_actor(name, namespace=name)
         ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=_COUNT_TIMEOUT_S)
 

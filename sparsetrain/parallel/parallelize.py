@@ -80,9 +80,10 @@ def parallelize_experts(
 ) -> list[Runtime]:
     """Replace the experts of every MoELayer by ones spread over ranks; nothing else changes.
 
-    The owned experts of all layers of one shape become the rows of one `ExpertStore`, a submodule of the first of these
-    layers' experts (not of the model, which may be an nn.Sequential and would run it). Frozen weights stay frozen, and
-    those on the meta device stay there, to be materialised and initialised through their shards.
+    The owned experts of all layers that are alike in shape, dtype and what of them is trained become the rows of one
+    `ExpertStore`, a submodule of the first of these layers' experts (not of the model, which may be an nn.Sequential
+    and would run it). Frozen weights stay frozen, and those on the meta device stay there, to be materialised and
+    initialised through their shards.
 
     Raises:
         ShardingError: The model has no MoELayers, or has been parallelized before.
@@ -124,10 +125,13 @@ def shard_fully(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
-def replicate(model: nn.Module) -> DistributedDataParallel:
-    """Wrap a model in DDP over all ranks; its expert stores are left alone."""
-    if stores := list(store_parameters(model)):
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, stores)  # type: ignore[no-untyped-call]
+def replicate(model: nn.Module) -> nn.Module:
+    """Wrap a model in DDP over all ranks; its expert stores are left alone, and a model that trains nothing else is."""
+    stores = store_parameters(model)
+    if not any(parameter.requires_grad for name, parameter in model.named_parameters() if name not in stores):
+        return model
+    if stores:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(stores))  # type: ignore[no-untyped-call]
     # Gradients as views of the buckets: no copy before and after the all-reduce.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, process_group=dist.group.WORLD)
 

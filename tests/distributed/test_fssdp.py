@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.config.experts import FssdpConfig
 from sparsetrain.moe import MoELayer
 from sparsetrain.moe.placement import ExpertBytes, Placement, materialised_bytes
-from sparsetrain.parallel import parallelize
+from sparsetrain.parallel import MoEController, parallelize
 from sparsetrain.parallel.fssdp.controller import runtimes_of
 from sparsetrain.parallel.fssdp.replicas import LocalExperts, Replicas
 from sparsetrain.parallel.fssdp.step_planner import Measured, StepPlanner
@@ -157,16 +157,26 @@ def check_experts_learn_where_nothing_before_them_does() -> None:
 
 def check_frozen_experts_stay_frozen() -> None:
     """All weights of the first layer, and one of the second; nothing before them is trained."""
-    model, x = Model(num_layers=3).requires_grad_(False), inputs([9, 4], 0)
-    trained = [model.layers[1].experts.w_out, *model.layers[2].experts.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_()
+    oracle, model = (Model(num_layers=3).requires_grad_(False) for _ in range(2))
+    for either in (oracle, model):
+        for parameter in (either.layers[1].experts.w_out, *either.layers[2].experts.parameters()):
+            parameter.requires_grad_()
     parallelize(model, experts="fssdp", shard=None)
-    model(x).square().sum().backward()
+    trained = [[each for each in either.parameters() if each.requires_grad] for either in (oracle, model)]
+    optimizers = [torch.optim.SGD(each, lr) for each, lr in zip(trained, (0.01, 0.02), strict=True)]  # sums and means
+    MoEController(model, optimizers[1])
+    for seed in range(3):
+        x = torch.randn(13, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        wanted, found = oracle(x), model(inputs([9, 4], seed))
+        assert_close(found, wanted.split([9, 4])[dist.get_rank()])
+        for y, optimizer in ((wanted, optimizers[0]), (found, optimizers[1])):
+            y.square().sum().backward()
+            optimizer.step()
     stores = [runtime.store for runtime in runtimes_of(model)]
     assert [len(store.layer_paths) for store in stores] == [1, 1, 1]
-    found = [[parameter.grad is not None for parameter in store.parameters()] for store in stores]
-    assert found == [[False, False], [False, True], [True, True]]
+    have = [[parameter.grad is not None for parameter in store.parameters()] for store in stores]
+    assert have == [[False, False], [False, True], [True, True]]
+    assert not any(runtime._records._records for runtime in runtimes_of(model)), "calls of earlier steps are kept"
 
 
 def check_peak_of_replicas(*, rematerialise: bool) -> None:

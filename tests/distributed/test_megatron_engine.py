@@ -73,7 +73,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 MOVES = [("torch", 3), ("tp", 5), ("pp", 7), ("zero-2", 8), ("cp", 9), ("sp", 10), ("zero", 11), ("torch", None)]
 MIXED: dict[str, Any] = {
-    "model__moe": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
+    "model__num_layers": 4,
+    "model__moe": {"num_experts": 4, "top_k": 2, "ffn_dim": 16, "layers": [1, 2, 3]},
     "sparsity": [{"params": ["*.attention.*"], "method": "static", "pattern": "block[8,8]", "sparsity": 0.5}],
     "train__tokens": 3 * 256,
     "train__phases": [],
@@ -96,8 +97,9 @@ def train_runs(folder: Path) -> None:
     train_stages(folder, "pipelined", [("pp", None)], train__micro_batch_size=3)  # of 4 samples
     for layout in ("torch", "tp"):
         train_stages(folder, f"bf16-{layout}", [(layout, None)], **SETTINGS)
-    for layout in ("torch", "pp", "tp"):
+    for layout in ("torch", "tp"):
         train_stages(folder, f"mixed-{layout}", [(layout, None)], **MIXED)
+    train_stages(folder, "mixed-pp", [("pp", 2), ("pp", None)], parallel__experts="fssdp", **MIXED)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_bf16_and_activation_checkpointing_compute_what_they_do_on_torch(on_two_
 def test_a_run_tells_of_the_layers_of_all_ranks(on_two_ranks: Path, layout: str) -> None:
     found, wanted = on_two_ranks / f"mixed-{layout}", on_two_ranks / "mixed-torch"
     loads, expected = LoadTrace.load(found / TRACE_FILE), LoadTrace.load(wanted / TRACE_FILE)
-    assert loads.load_NLE.shape == (3, 2, 4)
+    assert loads.load_NLE.shape == (3, 3, 4)
     assert (loads.load_NLE == expected.load_NLE).all()
     for key in ("expert_imbalance", "dropped_tokens", "density"):
         assert [row[key] for row in rows_of(found)] == pytest.approx([row[key] for row in rows_of(wanted)]), key

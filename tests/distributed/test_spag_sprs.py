@@ -154,6 +154,7 @@ def test_collectives_work_on_gpus() -> None:
 
 
 def spread_over_both_ranks() -> tuple[ExpertStore, Placement]:
+    dist.barrier()  # ranks whose collectives have a short limit begin together
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     groups = ExpertGroups.of_mesh(mesh, timeout=timedelta(seconds=5), devices_per_node=1)
     store = filled_store(groups, SPEC)

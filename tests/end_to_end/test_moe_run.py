@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typer.testing import CliRunner
 from sparsetrain import cli
 from sparsetrain.config import dump_config
 from sparsetrain.moe.placement import LoadTrace
+from sparsetrain.testing import free_ports
 from tests.training_runs import rows_of, tiny_config, write_corpus
 
 TIMEOUT_S = 12
@@ -63,9 +63,7 @@ def start_ranks() -> Iterator[StartRanks]:
     started = []
 
     def start(*command: str) -> list[subprocess.Popen[str]]:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
+        port = str(free_ports(1)[0])
         group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in "01":
             started.append(

@@ -71,7 +71,7 @@ def check(shape: tuple[int, int, tuple[int, int], int], dtype: torch.dtype, devi
     weight = random(*layout.grid.shape, seed=0, dtype=dtype, device=device).detach().masked_fill(~alive, torch.nan)
     weight = (layout.pack(weight) if packed else weight).requires_grad_()
     x = random(tokens, layout.grid.shape[1], seed=1, dtype=dtype, device=device)
-    bias = random(layout.grid.shape[0], seed=2, dtype=dtype, device=device)
+    bias = random(layout.grid.shape[0], 2, seed=2, dtype=dtype, device=device)[:, 0]  # not contiguous
     with by_triton(), fresh_memory_is_nan():
         found = results(block_sparse_linear, x, weight, layout, bias)
     x, weight, bias = (tensor.detach().double().requires_grad_() for tensor in (x, weight, bias))

@@ -272,7 +272,7 @@ def test_lists_that_do_not_fit_are_refused() -> None:
     case = Case([3, 0, 2], "swiglu", bias=False)
     x_RD = random(5, case.dim, seed=6, dtype=torch.float32)
     w_in, w_out = ([*w] for w in case.weights(torch.float32))
-    with pytest.raises(ValueError, match="2 counts, 3 of w_in and 3 of w_out: expected one of each for every expert"):
+    with pytest.raises(ValueError, match="w_in has 3 entries for 2 counts: expected one for every expert"):
         expert_ffn_forward(x_RD, [3, 2], w_in, w_out, None, None, "swiglu")
     with pytest.raises(ValueError, match="activation = relu: expected swiglu or gelu"):
         expert_ffn_forward(x_RD, case.counts, w_in, w_out, None, None, "relu")

@@ -188,6 +188,18 @@ def test_lists_of_weights_that_do_not_match_are_refused(device: str) -> None:
             expert_ffn_forward(x_RD, case.counts, wrong, w_out, None, None, "swiglu")
     with pytest.raises(ValueError, match="counts add up to 4 rows, and there are 5"):
         expert_ffn_forward(x_RD, [3, 0, 1], w_in, w_out, None, None, "swiglu")
+    half = [w[:, ::2].contiguous() for w in w_out]
+    with pytest.raises(ValueError, match=r"w_in, or its gradient, is of shape .*activation='swiglu' it must be"):
+        expert_ffn_forward(x_RD, case.counts, w_in, half, None, None, "swiglu")
+    y_RD, saved = expert_ffn_forward(x_RD, case.counts, w_in, w_out, None, None, "swiglu")
+    weights = case.counts, w_in, w_out, None, None
+    for activation, dw_in, dw_out, message in (
+        ("relu", w_in, w_out, "activation = relu: expected swiglu or gelu"),
+        ("swiglu", w_in[:2], w_out, "dw_in has 2 entries for 3 counts"),
+        ("swiglu", w_in, half, "w_in, or its gradient, is of shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expert_ffn_backward(y_RD, x_RD, saved, *weights, activation, dw_in, dw_out, None, None)
 
 
 @on_both
@@ -207,6 +219,30 @@ def test_permute_and_unpermute_equal_plain_torch(
     assert_near(ours, gradients(plainly, x_TD, [y_RD.double(), weight_R.double()]), bound)
     (dx_TD,) = gradients(lambda x: permute(x, token), y_RD, [x_TD])[1:]
     assert_near([dx_TD], [torch.zeros_like(x_TD, dtype=torch.float64).index_add_(0, token, y_RD.double())], bound)
+
+
+def every_second(values: Tensor) -> Tensor:
+    """The same values, with others between them in memory."""
+    return torch.stack([values, torch.zeros_like(values)], 1)[:, 0]
+
+
+@on_both
+def test_tokens_and_weights_of_rows_may_be_of_any_strides(device: str) -> None:
+    case = Case([3, 0, 2], "swiglu", bias=False)
+    inputs, dy_TD = case.inputs(torch.float32), random(case.num_tokens, case.dim, seed=5)
+    wanted = on(device, case, moe_ffn, inputs, dy_TD)
+    token_R = every_second(case.token_R.to(device))
+
+    def call(x: Tensor, weight_R: Tensor, *weights: Tensor) -> Tensor:
+        return moe_ffn(x, token_R, every_second(weight_R), case.counts_E.to(device), *weights, activation="swiglu")
+
+    for found, expected in zip(gradients(call, dy_TD.to(device), [t.to(device) for t in inputs]), wanted, strict=True):
+        assert torch.equal(found.cpu(), expected)
+    x_TD, weight_R = (t.to(device) for t in inputs[:2])
+    assert torch.equal(permute(x_TD, token_R), x_TD[token_R])
+    y_RD = random(5, 40, seed=6, dtype=torch.float32).to(device)
+    by_hand = y_RD.new_zeros(case.num_tokens, 40).index_add(0, token_R, y_RD * weight_R.unsqueeze(1))
+    torch.testing.assert_close(unpermute(y_RD, every_second(weight_R), token_R, case.num_tokens), by_hand)
 
 
 @on_both

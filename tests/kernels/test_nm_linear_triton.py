@@ -60,6 +60,7 @@ def check(case: tuple[NMPattern, int, int, int], dtype: torch.dtype, device: str
     weight = weight.detach().masked_fill(~selection.mask(), torch.nan)
     weight = (selection.compress(weight) if compressed else weight).requires_grad_()
     x, bias = (random(*shape, seed=1, dtype=dtype, device=device) for shape in ((tokens, inputs), (outputs,)))
+    bias = torch.stack([bias, bias + 1], 1)[:, 0]  # not contiguous
     with OUTPUT.force("triton"), INPUT_GRADIENT.force("triton"), WEIGHT_GRADIENT.force("triton"), fresh_memory_is_nan():
         found = results(nm_linear, x, weight, selection, bias)
     x, weight, bias = (tensor.detach().double().requires_grad_() for tensor in (x, weight, bias))

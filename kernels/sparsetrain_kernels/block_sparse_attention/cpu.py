@@ -9,6 +9,7 @@ Precision. Products round their result to the dtype of their arguments, and a sc
 1/8. So for dtypes narrower than float32 the forward pass multiplies queries and keys in float32. The backward pass,
 which knows the log-sum-exp, has a level subtracted inside the product, so that scores that count are near 0 when
 rounded: the log-sum-exp less ½ log P, halfway between the scores of a key that takes all and of P that share alike.
+That level is rounded, too: in bfloat16 by 1/512 of it, and in float16 it must not be above 65504.
 
 Memory. No tensor has S·T entries. Beside the arguments, with X the bytes of q (or of k, if that is larger) and e those
 of an element: forward at most 6 X + 6 MiB, backward (9 + 8/e) X + 12 MiB, as dk and dv are summed in float32; and about

@@ -74,8 +74,8 @@ def block_sparse_attention(
 
     Returns:
         [B, S, H, D] in the dtype of q, and with `return_lse` the natural logarithm of the softmax's denominators
-        [B, H, S] in float32 (float64 for float64). A query that sees no key (of a mask, a slice, or a layout built with
-        allow_empty) gets 0, and −∞.
+        [B, H, S] in float32 (float64 for float64). A query that sees no key (of a mask, a slice, a union or an
+        intersection of layouts, or a layout built with allow_empty) gets 0, and −∞.
 
     Raises:
         ValueError: Shapes, dtypes, devices, layout, documents or scale do not fit, or the implementation cannot do it.

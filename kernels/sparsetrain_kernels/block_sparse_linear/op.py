@@ -91,6 +91,7 @@ def _linear(
     dense_gradient: bool,
 ) -> Tensor:
     problem = _problem(x_TK, index, grid)
+    bias_N = None if bias_N is None else bias_N.contiguous()
     return OUTPUT.run(x_TK, problem, x_TK.contiguous(), weight.contiguous(), bias_N, index, Grid(*grid), zeroed)  # type: ignore[no-any-return]
 
 

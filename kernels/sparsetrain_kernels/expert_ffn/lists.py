@@ -47,14 +47,12 @@ def expert_ffn_forward(
         ValueError: The counts do not add up to R or are not those of all experts, there is no such activation, or on a
             GPU weights that do not match each other.
     """
-    check_activation(activation)
-    if not len(counts) == len(w_in) == len(w_out):
-        lengths = f"{len(counts)} counts, {len(w_in)} of w_in and {len(w_out)} of w_out"
-        raise ValueError(f"{lengths}: expected one of each for every expert")
+    _check(counts, activation, w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
     if not runs_triton(x_RD):
         y_RD, h_PH = forward_of_rows(x_RD, counts, Weights(w_in, w_out, b_in, b_out), activation)
         return y_RD, (h_PH,)
     check_counts(counts, len(x_RD))
+    _check_shapes(x_RD, activation, w_in, w_out, b_in, b_out)
     with torch.no_grad():
         experts = Experts(*listed(w_in, w_out, b_in, b_out))  # type: ignore[arg-type]
         y_RD, h_RH = _triton().forward(x_RD.contiguous(), None, _ends(counts, x_RD), len(x_RD), experts, activation)
@@ -91,13 +89,17 @@ def expert_ffn_backward(
         dx_RD: In the dtype of x.
 
     Raises:
-        ValueError: As in the forward pass.
+        ValueError: As in the forward pass, of weights and gradients.
     """
     (h,) = saved
+    gradients_of = {"dw_in": dw_in, "dw_out": dw_out, "db_in": db_in, "db_out": db_out}
+    _check(counts, activation, w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out, **gradients_of)
     if not runs_triton(x_RD):
         weights, gradients = Weights(w_in, w_out, b_in, b_out), Weights(dw_in, dw_out, db_in, db_out)
         return backward_of_rows(dy_RD, x_RD, h, counts, weights, activation, gradients, add=True)
     check_counts(counts, len(x_RD))
+    _check_shapes(x_RD, activation, w_in, w_out, b_in, b_out)
+    _check_shapes(x_RD, activation, dw_in, dw_out, db_in, db_out)
     with torch.no_grad():
         places = listed(w_in, w_out, b_in, b_out, dw_in, dw_out, db_in, db_out)
         experts, into = Experts(*places[:4]), Experts(*places[4:])  # type: ignore[arg-type]
@@ -106,6 +108,36 @@ def expert_ffn_backward(
             dy_RD, x_RD, None, h, _ends(counts, x_RD), experts, activation, into, add=True
         )
     return dx_RD
+
+
+def _check(counts: Sequence[int], activation: str, **lists: Sequence[Tensor] | None) -> None:
+    """Raise ValueError unless there is such an activation, and an entry for every expert in each list that is there."""
+    check_activation(activation)
+    for name, tensors in lists.items():
+        if tensors is not None and len(tensors) != len(counts):
+            raise ValueError(
+                f"{name} has {len(tensors)} entries for {len(counts)} counts: expected one for every expert"
+            )
+
+
+def _check_shapes(
+    x_RD: Tensor, activation: str, w_in: Sequence[Tensor], w_out: Sequence[Tensor], b_in: Biases, b_out: Biases
+) -> None:
+    """Raise ValueError unless the first of each, weights or gradients of them, are of an expert's shapes."""
+    dim, hidden_dim = x_RD.shape[1], w_out[0].shape[-1]
+    in_dim = hidden_dim * (2 if activation == "swiglu" else 1)
+    shapes = {
+        "w_in": (w_in, (in_dim, dim)),
+        "w_out": (w_out, (dim, hidden_dim)),
+        "b_in": (b_in, (in_dim,)),
+        "b_out": (b_out, (dim,)),
+    }
+    for name, (tensors, shape) in shapes.items():
+        if tensors is not None and tuple(tensors[0].shape) != shape:
+            raise ValueError(
+                f"{name}, or its gradient, is of shape {tuple(tensors[0].shape)}: for x of {dim} columns, w_out of "
+                f"{hidden_dim} and activation={activation!r} it must be {shape}"
+            )
 
 
 def _ends(counts: Sequence[int], x_RD: Tensor) -> Tensor:

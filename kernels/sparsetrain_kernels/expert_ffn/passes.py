@@ -61,7 +61,7 @@ def tokens_forward(
     """Σ over a token's rows of weight · expert(x) [T, D]; hidden activations [P, H] and the experts' outputs [P, D]."""
     if not runs_triton(x_TD):
         return moe_forward(x_TD, token_R, weight_R, counts_E.tolist(), Weights.unstack(*stacks), activation)
-    ends_E, x_TD = _ends(counts_E, len(token_R)), x_TD.contiguous()
+    ends_E, x_TD, token_R = _ends(counts_E, len(token_R)), x_TD.contiguous(), token_R.contiguous()
     y_RD, h_RH = _triton().forward(x_TD, token_R, ends_E, len(token_R), stacked(*stacks), activation)
     return _rows().combine(y_RD, weight_R.contiguous(), token_R, len(x_TD)), h_RH, y_RD
 
@@ -87,7 +87,7 @@ def tokens_backward(
         weights = Weights.unstack(*stacks)
         dx, dweight = moe_backward(dy_TD, x_TD, h_PH, y_PD, token_R, weight_R, counts, weights, activation, into)
         return [dx, dweight, *_present(gradients)]
-    ends_E, x_TD = _ends(counts_E, len(token_R)), x_TD.contiguous()
+    ends_E, x_TD, token_R = _ends(counts_E, len(token_R)), x_TD.contiguous(), token_R.contiguous()
     dy_RD, dweight_R = _rows().combine_backward(dy_TD.contiguous(), y_PD, weight_R.contiguous(), token_R)
     gradients = _new_gradients((), dtype, *stacks)
     written = stacked(*gradients) if gradients else None

@@ -33,9 +33,9 @@ def forward(
     """
     num_experts, in_dim = len(ends_E), experts.w_in.base.shape[-2]
     dim, hidden_dim = experts.w_out.base.shape[-2:]
-    h_RH, a_RF, y_RD = (x.new_empty(num_rows, size) for size in (in_dim, hidden_dim, dim))
+    h_RH, a_RF = x.new_empty(num_rows, in_dim), x.new_empty(num_rows, hidden_dim)
     if num_rows == 0:
-        return y_RD, h_RH
+        return x.new_empty(0, dim), h_RH
     tiles = _tiles(x, num_rows, num_experts)
     kernels.hidden_kernel[_programs(num_rows, num_experts, hidden_dim, tiles)](
         x,

@@ -104,6 +104,7 @@ def _linear(
 ) -> Tensor:
     pattern = NMPattern(*kind[:3])
     problem = _problem(pattern, kind, mask_GK is None, len(x_TK), len(weight), x_TK.shape[1])
+    bias_N = None if bias_N is None else bias_N.contiguous()
     arguments = x_TK.contiguous(), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed
     return OUTPUT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 

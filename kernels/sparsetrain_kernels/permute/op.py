@@ -81,7 +81,7 @@ def backend_of(x: Tensor) -> Any:
 
 @torch.library.custom_op("sparsetrain::permute", mutates_args=())
 def _permute(x_TD: Tensor, token_R: Tensor) -> Tensor:
-    x_RD: Tensor = backend_of(x_TD).gather(x_TD.contiguous(), token_R)
+    x_RD: Tensor = backend_of(x_TD).gather(x_TD.contiguous(), token_R.contiguous())
     return x_RD
 
 
@@ -92,7 +92,7 @@ def _(x_TD: Tensor, token_R: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsetrain::permute_backward", mutates_args=())
 def _permute_backward(dx_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    dx_TD: Tensor = backend_of(dx_RD).combine(dx_RD.contiguous(), None, token_R, num_tokens)
+    dx_TD: Tensor = backend_of(dx_RD).combine(dx_RD.contiguous(), None, token_R.contiguous(), num_tokens)
     return dx_TD
 
 
@@ -103,7 +103,8 @@ def _(dx_RD: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
 
 @torch.library.custom_op("sparsetrain::unpermute", mutates_args=())
 def _unpermute(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tensor:
-    y_TD: Tensor = backend_of(y_RD).combine(y_RD.contiguous(), weight_R, token_R, num_tokens)
+    arguments = y_RD.contiguous(), weight_R.contiguous(), token_R.contiguous()
+    y_TD: Tensor = backend_of(y_RD).combine(*arguments, num_tokens)
     return y_TD
 
 
@@ -114,14 +115,14 @@ def _(y_RD: Tensor, weight_R: Tensor, token_R: Tensor, num_tokens: int) -> Tenso
 
 @torch.library.custom_op("sparsetrain::unpermute_backward", mutates_args=())
 def _unpermute_backward(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
-    backend = backend_of(y_RD)
-    dy_RD, dweight_R = backend.combine_backward(dy_TD.contiguous(), y_RD.contiguous(), weight_R, token_R)
+    arguments = (each.contiguous() for each in (dy_TD, y_RD, weight_R, token_R))
+    dy_RD, dweight_R = backend_of(y_RD).combine_backward(*arguments)
     return dy_RD, dweight_R
 
 
 @_unpermute_backward.register_fake
 def _(dy_TD: Tensor, y_RD: Tensor, weight_R: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
-    return y_RD.new_empty(y_RD.shape), torch.empty_like(weight_R)
+    return y_RD.new_empty(y_RD.shape), weight_R.new_empty(weight_R.shape)
 
 
 def _save_for_permute(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from sparsetrain.moe.placement.topology import IntArray
 from sparsetrain.parallel.fssdp.experts import ShardedExperts
 from sparsetrain.parallel.fssdp.runtime import Runtime
 from sparsetrain.parallel.fssdp.step_planner import Measured, StepPlanner
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -140,21 +142,34 @@ class MoEController:
         return self.report
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next steps depend on besides weights: plain values and tensors, the same on all ranks."""
-        return {"step": self.step, "planners": [planner.state_dict() for planner in self._planners]}
+        """What the next steps depend on besides weights: plain values and tensors, the same on all ranks.
+
+        Collective over the stages, if there are several.
+        """
+        planners = [planner.state_dict() for planner in self._planners]
+        if self._stages is None:
+            return {"step": self.step, "planners": planners}
+        return {"step": self.step, "stages": _gather(planners, self._stages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; experts change owners, so load weights afterwards. Collective.
 
-        The state of a model whose experts were not spread, or were in other groups, leaves owners as they are.
+        The state of a model whose experts were not spread, or were in other groups or stages, leaves owners alone.
         """
         self.step = state["step"]
         for layer in self._layers:
             layer.router.go_on_from(self.step)
         self._tell_progress()
-        if len(state["planners"]) == len(self._planners):
-            for planner, saved in zip(self._planners, state["planners"], strict=True):
-                planner.load_state_dict(saved, self._optimizer)
+        for planner, saved in self._saved_planners(state):
+            planner.load_state_dict(saved, self._optimizer)
+
+    def _saved_planners(self, state: Mapping[str, Any]) -> list[tuple[StepPlanner, Mapping[str, Any]]]:
+        """What `state` has for the planners here, if it is of as many stages and planners."""
+        saved = state.get("planners", [])
+        if self._stages is not None:
+            stages = state.get("stages", [])
+            saved = stages[dist.get_rank(self._stages)] if len(stages) == dist.get_world_size(self._stages) else []
+        return list(zip(self._planners, saved, strict=True)) if len(saved) == len(self._planners) else []
 
     def _follow(self) -> None:
         self.after_step()
@@ -183,8 +198,8 @@ class MoEController:
         measured = [torch.tensor(planner.measure().values, dtype=torch.float64) for planner in self._planners]
         parts = [*(load.double().cpu() for load in loads), *measured]
         total = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-        if self._groups:
-            shared = total.to(_device_of(self._layers[0]) if self._layers else "cpu")
+        if self._groups and parts:  # a pipeline stage may have none, on all of its ranks
+            shared = total.to(_device_of(self._layers[0]))
             for group in self._groups:
                 dist.all_reduce(shared, group=group)
             total = shared.cpu()
@@ -194,9 +209,7 @@ class MoEController:
 
     @staticmethod
     def _of_all_stages(report: MoEReport, stages: ProcessGroup) -> MoEReport:
-        reports: list[MoEReport | None] = [None] * dist.get_world_size(stages)
-        dist.all_gather_object(reports, report, group=stages)
-        return MoEReport.of_stages([each for each in reports if each is not None])
+        return MoEReport.of_stages(_gather(report, stages))
 
     def _of(self, planner: StepPlanner, load_LE: list[IntArray]) -> list[IntArray]:
         """The loads of the layers of a planner's store, in the store's order."""
@@ -214,6 +227,13 @@ def runtimes_of(model: nn.Module) -> list[Runtime]:
         if isinstance(layer.experts, ShardedExperts):
             found.setdefault(id(layer.experts.runtime), layer.experts.runtime)
     return list(found.values())
+
+
+def _gather(value: _T, group: ProcessGroup) -> list[_T]:
+    """What each rank of a group passes, in their order; collective."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _world() -> ProcessGroup:

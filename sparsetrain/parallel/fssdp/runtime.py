@@ -194,6 +194,7 @@ def _follow_steps(runtime: Runtime) -> None:
 
 
 def _has(optimizer: Optimizer, store: ExpertStore) -> bool:
-    stack = store.stack("w_in")
+    """Whether the optimizer updates the store, or any would do because none does."""
+    stack = store.trained_stack
     groups: Sequence[dict[str, Any]] = optimizer.param_groups
-    return any(parameter is stack for group in groups for parameter in group["params"])
+    return not stack.requires_grad or any(parameter is stack for group in groups for parameter in group["params"])

@@ -1,6 +1,6 @@
 """Where a rank's experts live: the rows that it owns, their gradients, and the replicas that it borrows.
 
-The experts that a rank owns, of all MoE layers of one shape, are the rows of one parameter for each of an expert's
+The experts that a rank owns, of all MoE layers that are alike, are the rows of one parameter for each of an expert's
 tensors. The optimizer sees ordinary parameters, whose shapes stay when experts change owners.
 
 Shapes: L layers, E experts of a layer, D ranks of an expert group, S experts owned by this rank over all layers, C
@@ -44,7 +44,7 @@ class Traffic:
 
 
 class ExpertStore(Movable, ExpertRows):
-    """The experts of L layers of one shape, each owned by one rank of an expert group.
+    """The experts of L layers of one shape, dtype and training, each owned by one rank of an expert group.
 
     Memory of a rank, in bytes, with S experts owned, m replicas of a layer and C = spec.numel:
 

@@ -1,7 +1,9 @@
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,7 +127,7 @@ def test_a_node_that_has_just_joined_is_soon_counted(dashboard: Dashboard, monke
         waited.append(seconds)
         dashboard.has_nodes(TWO_NODES, {"a": "node_a", "b": "node_b"})
 
-    monkeypatch.setattr(job_server.time, "sleep", count_again)
+    monkeypatch.setattr(job_server, "time", SimpleNamespace(monotonic=time.monotonic, sleep=count_again))
     dashboard.has_nodes({"a": TWO_NODES["a"]}, {"a": "node_a"})
     JobServer(dashboard.url).check_room(Request(8, cpus_per_worker=1, gpus_per_worker=0))
     assert len(waited) == 1

@@ -101,9 +101,9 @@ def test_a_node_that_is_gone_is_waited_for_until_ray_has_noticed(
     clock = FakeCluster(monkeypatch, total=4, free=[4], may_grow=False)
     count = Mock()
     monkeypatch.setattr(resources, "count_nodes_anew", count)
-    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as closing:
-        there, gone = here.getsockname()[1], closing.getsockname()[1]
-        closing.close()
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.socket() as deaf:  # it has a port, and does not listen
+        deaf.bind(("127.0.0.1", 0))
+        there, gone = here.getsockname()[1], deaf.getsockname()[1]
 
         def nodes() -> list[dict[str, object]]:
             place = {"Alive": True, "NodeManagerAddress": "127.0.0.1"}
