@@ -13,7 +13,8 @@ from sparsetrain.parallel.fssdp.groups import NODE_VARIABLE
 @pytest.fixture
 def on_node(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in (*INTERFACE_VARIABLES, NODE_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what `take_place` sets is undone, too
+        monkeypatch.delenv(name)
     monkeypatch.setattr(rendezvous.ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     context = type("Context", (), {"get_node_id": lambda self: "abc"})
     monkeypatch.setattr(rendezvous.ray, "get_runtime_context", context)
