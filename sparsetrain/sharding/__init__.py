@@ -1,6 +1,7 @@
 """Where every weight lives: the WeightShard contract, who describes it, and the norm that is true at every layout."""
 
 from sparsetrain.sharding.flat import FlatPartition
+from sparsetrain.sharding.gloo_threads import rest_before_exit
 from sparsetrain.sharding.moves import Movable, Move, on_move
 from sparsetrain.sharding.names import canonical_modules, weight_modules
 from sparsetrain.sharding.norm import clip_grads_, global_grad_norm
@@ -30,3 +31,5 @@ __all__ = [
     "whole_model",
     "whole_shape",
 ]
+
+rest_before_exit()  # here, as nothing below this package has collectives
