@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.config.attention import BlockSparseAttention as BlockSparseConfig
 from sparsetrain.config.model import ModelConfig
-from sparsetrain.models import SparseLinear
 from sparsetrain.models.attention_layouts import shared_layouts
 from sparsetrain.models.block_sparse_attention import document_borders
 from sparsetrain.models.causal_attention import causal_attention
 from sparsetrain.models.norms import LayerNorm, RMSNorm
 from sparsetrain.models.rotary import rotate, rotation_table
+from sparsetrain.models.sparse_linear import SparseLinear, only_elementwise_between
 from sparsetrain.models.transformer import mixture_of
 from sparsetrain.moe.feed_forward import FeedForward
 
@@ -248,6 +248,7 @@ class ParallelFeedForward(FeedForward):
         self.gate = column_parallel(ranks, model.dim, model.hidden_dim, bias) if is_llama else None
         self.up = column_parallel(ranks, model.dim, model.hidden_dim, bias)
         self.down = RowParallelLinear(ranks, model.hidden_dim, model.dim, bias)
+        only_elementwise_between([self.up] if self.gate is None else [self.gate, self.up], self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [T, B, M] to [T, B, M]."""

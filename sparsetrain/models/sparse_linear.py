@@ -4,7 +4,8 @@ O outputs, I inputs.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
 from sparsetrain_kernels.nm_linear import NMPattern, NMSelection, magnitude_mask, nm_linear
 from sparsetrain_kernels.nm_linear.implementations import variant_of
+from sparsetrain_kernels.precision import compute_dtype
 from torch import Tensor, nn
 
 from sparsetrain.config.sparsity import BlockShape
 from sparsetrain.errors import SparsityError
+from sparsetrain.moe.feed_forward import FeedForward
 from sparsetrain.sharding import canonical_modules
 
 KernelPattern = NMPattern | BlockShape
@@ -48,6 +51,8 @@ class SparseLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self._pattern: KernelPattern | None = None
         self._kept: WeightBlocks | NMSelection | None = None
+        self._before: _Between | None = None
+        self._after: _Between | None = None
         self.train(linear.training)
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
@@ -71,6 +76,20 @@ class SparseLinear(nn.Linear):
         if found is not None:
             self._check_divides(found)
         self._pattern, self._kept = found, None
+        for between in (self._before, self._after):
+            if between is not None:
+                between.forget()
+
+    def is_beside_tokens_last(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
+        """Whether what it reads or what it writes is stored tokens last: see `only_elementwise_between`.
+
+        Args:
+            num_tokens: Of a forward pass.
+            dtype: Of the computation.
+            device: cpu or cuda.
+        """
+        betweens = (self._before, self._after)
+        return any(between is not None and between.is_tokens_last(num_tokens, dtype, device) for between in betweens)
 
     def masks_changed(self) -> None:
         """Look again in the next forward pass where the zeros are. A Sparsifier says so when it has moved them."""
@@ -89,7 +108,9 @@ class SparseLinear(nn.Linear):
         if isinstance(self._kept, WeightBlocks):
             return block_sparse_linear(x, self.weight, self._kept, bias, zeroed=True)
         if isinstance(self._kept, NMSelection):
-            return nm_linear(x, self.weight, self._kept, bias, zeroed=True)
+            of_x = x.numel() // self.in_features, compute_dtype(x), x.device.type
+            tokens_last = self._after is not None and self._after.is_tokens_last(*of_x)
+            return nm_linear(x, self.weight, self._kept, bias, zeroed=True, tokens_last=tokens_last)
         return F.linear(x, self.weight, bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -150,6 +171,64 @@ def use_sparse_linears(model: nn.Module, names: Iterable[str] | None = None) -> 
     replaced: dict[nn.Linear, SparseLinear] = {}  # one that several modules share stays shared
     for parent, child, linear in (places[name] for name in wanted):
         setattr(parent, child, replaced.setdefault(linear, SparseLinear(linear)))
+    for _, module in canonical_modules(model):
+        if isinstance(module, FeedForward):
+            only_elementwise_between([module.up, *([] if module.gate is None else [module.gate])], module.down)
+
+
+def only_elementwise_between(firsts: Sequence[nn.Module], second: nn.Module) -> None:
+    """Say that nothing but elementwise operations come between some layers and another one, such as in an MLP.
+
+    If all of them come to hold vectors n:m, activations between them are stored tokens last on a CPU, which is how the
+    kernels read and write them: half of the time of a wide MLP is otherwise spent in transposing. Results are the same
+    in any case. `use_sparse_linears` says so of the feed-forward layers of this package's models; others may call it.
+
+    Args:
+        firsts: Whose results are combined.
+        second: Which reads what comes of it. Where not all of them are SparseLinear, nothing happens.
+    """
+    first_layers = [layer for layer in firsts if isinstance(layer, SparseLinear)]
+    if len(first_layers) == len(firsts) and isinstance(second, SparseLinear):
+        second._before = _Between([*first_layers, second])
+        for layer in first_layers:
+            layer._after = second._before
+
+
+class _Between:
+    """How activations between layers are stored: decided for all of them, because to mix both orders costs most."""
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self._layers = layers
+        self._decided: dict[tuple[int, torch.dtype, str], bool] = {}
+
+    def forget(self) -> None:
+        """Decide again: a layer's pattern is another."""
+        self._decided.clear()
+
+    def is_tokens_last(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
+        """Of a computation in this dtype on cpu or cuda."""
+        case = num_tokens, dtype, device
+        if case not in self._decided:
+            self._decided[case] = self._is_faster(*case)
+        return self._decided[case]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _is_faster(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
+        """Whether all products of all layers are known to take less time so."""
+        first, last = (self._seconds(num_tokens, dtype, device, tokens_last) for tokens_last in (False, True))
+        return last < first
+
+    def _seconds(self, num_tokens: int, dtype: torch.dtype, device: str, tokens_last: bool) -> float:
+        """Of all products; infinite where one was not measured, or a layer does not hold vectors n:m on a CPU."""
+        total = 0.0
+        for layer in self._layers:
+            pattern, shape = layer.pattern, (layer.out_features, layer.in_features)
+            if device != "cpu" or not isinstance(pattern, NMPattern) or pattern.vector == 1:
+                return inf
+            case = pattern, shape, pattern.density, num_tokens, dtype, device
+            for choice in choices(*case, tokens_last=tokens_last):
+                total += inf if choice.seconds is None else choice.seconds
+        return total
 
 
 def kernel_pattern(pattern: str) -> KernelPattern | None:
@@ -168,8 +247,9 @@ def choices(
     device: str,
     *,
     transposable: bool = False,
+    tokens_last: bool = False,
 ) -> list[dispatch.Choice]:
-    """What the dispatcher has the output, the input's gradient and the weight's gradient of a layer computed by.
+    """What the dispatcher would have the output, the input's and the weight's gradient of a layer computed by.
 
     Args:
         pattern: Of its zeros.
@@ -179,13 +259,15 @@ def choices(
         dtype: Of the computation.
         device: cpu or cuda.
         transposable: Whether masks are 2:4 along outputs too.
+        tokens_last: Whether inputs or outputs are stored tokens last.
     """
     if isinstance(pattern, BlockShape):
         kind, variant = "block_sparse_linear", f"{pattern.rows}x{pattern.cols}"
     else:
-        kind, variant = "nm_linear", variant_of(pattern, compressed=False, transposable=transposable)
+        kind = "nm_linear"
+        variant = variant_of(pattern, compressed=False, transposable=transposable, tokens_last=tokens_last)
     return [
-        dispatch.OPERATIONS[f"{kind}.{product}"].choose(device, dtype, variant, (num_tokens, *shape), density)
+        dispatch.OPERATIONS[f"{kind}.{product}"].would_choose(device, dtype, variant, (num_tokens, *shape), density)
         for product in PRODUCTS
     ]
 

@@ -53,11 +53,7 @@ class SparseLayers:
         self._sparsifier = sparsifier
         self._part = model if isinstance(model, PartOfModel) else None
         modules = canonical_modules(whole_model(model))
-        self._shapes = {
-            f"{path}.weight": (module.out_features, module.in_features)
-            for path, module in modules
-            if isinstance(module, SparseLinear)
-        }
+        self._linears = {f"{path}.weight": module for path, module in modules if isinstance(module, SparseLinear)}
         self._num_tokens = config.train.micro_batch_size * seq_len
         self._dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self._device = device
@@ -84,7 +80,7 @@ class SparseLayers:
             elif not any(OPERATIONS[choice.problem.operation].candidates(choice.problem) for choice in layer.choices):
                 dense[layer.pattern, f"no kernel computes it {where}"].append(layer.sparsity.name)
         for owned, pattern in self._owned():
-            if owned.name not in self._shapes:
+            if owned.name not in self._linears:
                 dense[pattern_text(pattern), "only nn.Linear layers leave out zeros"].append(owned.name)
         return [
             f"pattern {pattern}: {why}; masked dense, so that zeros save no time: {names[0]}"
@@ -104,11 +100,13 @@ class SparseLayers:
 
     def _layers(self) -> Iterator[_Layer]:
         for owned, pattern in self._owned():
-            shape = self._shapes.get(owned.name)
-            if shape is not None:
-                yield _Layer(owned, pattern_text(pattern), shape, self._choices(owned, pattern, shape))
+            linear = self._linears.get(owned.name)
+            if linear is not None:
+                shape = linear.out_features, linear.in_features
+                yield _Layer(owned, pattern_text(pattern), shape, self._choices(owned, pattern, linear))
 
-    def _choices(self, owned: LayerSparsity, pattern: KernelPattern, shape: tuple[int, int]) -> list[Choice]:
+    def _choices(self, owned: LayerSparsity, pattern: KernelPattern, linear: SparseLinear) -> list[Choice]:
+        shape = linear.out_features, linear.in_features
         if self._part is not None:
             rows, columns = self._part.multiplied_part(owned.name, torch.empty(shape, device="meta")).shape
             shape = rows, columns
@@ -117,6 +115,9 @@ class SparseLayers:
             pattern = replace(pattern, n=round(density * pattern.m))
         how = (pattern, shape, density, self._num_tokens, self._dtype, self._device)
         chosen = choices(*how, transposable=rule.method == "transposable")
+        if linear.is_beside_tokens_last(self._num_tokens, self._dtype, self._device):
+            so_stored = choices(*how, tokens_last=True)
+            chosen = [replace(b, dense_seconds=a.dense_seconds) for a, b in zip(chosen, so_stored, strict=True)]
         if not rule.is_recipe:
             return chosen
         if density == 1.0 or rule.method == "bdwp":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -133,8 +134,9 @@ CASES = {  # pattern, outputs, inputs, tokens
 
 @pytest.fixture
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut tokens into slices of 256, so that small tests see several."""
-    monkeypatch.setattr(gather, "_CACHE_BYTES", 1)
+    """Take few tokens and groups at a time, so that small tests see several."""
+    monkeypatch.setattr(gather, "_GATHERED_BYTES", 256)
+    monkeypatch.setattr(gather, "_TABLE_BYTES", 1)
 
 
 def poisoned(case: tuple[NMPattern, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, NMSelection, Tensor]:
@@ -216,6 +218,34 @@ def test_leading_dimensions_strides_and_expanded_gradients_make_no_difference(im
     assert torch.equal(dw, dw_flat)
 
 
+def stored_tokens_last(x: Tensor) -> Tensor:
+    """The same activations [..., X], in memory as [X, ...]."""
+    return x.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+
+
+@pytest.mark.usefixtures("small_slices")
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("implementation", ["dense", "gather", "bag"])
+def test_activations_may_be_stored_tokens_last(implementation: str, with_bias: bool) -> None:
+    x, weight = random(3, 50, 16, seed=0), random(12, 16, seed=1)
+    bias = random(12, seed=2) if with_bias else None
+    selection = NMSelection.largest(weight, NMPattern(1, 4, 1 if implementation == "bag" else 6))
+    if implementation == "bag":
+        weight = selection.compress(weight).detach().requires_grad_()
+    leaves = [x, weight, *([] if bias is None else [bias])]
+    expected = results(reference.nm_linear, x, weight, selection, *leaves[2:])
+    for stored, asked in product((x, stored_tokens_last(x)), (False, True)):
+        with forced(implementation, "dense" if implementation == "bag" else None):
+            y = nm_linear(stored, weight, selection, bias, tokens_last=asked)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+            for dy_stored in (dy, stored_tokens_last(dy).detach()):
+                found = [y, *torch.autograd.grad(y, [stored, *leaves[1:]], dy_stored, retain_graph=True)]
+                for ours, theirs in zip(found, expected, strict=True):
+                    assert_close(ours, theirs)
+                assert y.stride() == ((50, 1, 150) if asked else (600, 12, 1))
+                assert found[1].stride() == stored.stride()
+
+
 @pytest.mark.parametrize("implementation", ["gather", "bag"])
 def test_results_repeat_bitwise_and_nothing_is_left_unwritten(
     implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -223,8 +253,9 @@ def test_results_repeat_bitwise_and_nothing_is_left_unwritten(
     x, weight = random(33, 32, seed=0, dtype=torch.float32), random(16, 32, seed=1, dtype=torch.float32)
     selection = NMSelection.largest(weight, NMPattern(1, 4, 8 if implementation == "gather" else 1))
     values = selection.compress(weight).detach().requires_grad_()
-    new_empty = Tensor.new_empty
+    new_empty, empty = Tensor.new_empty, torch.empty
     monkeypatch.setattr(Tensor, "new_empty", lambda like, *args, **kw: new_empty(like, *args, **kw).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kw: empty(*args, **kw).fill_(torch.nan))
     with forced(implementation, "dense" if implementation == "bag" else None):
         first, second = (results(nm_linear, x, values, selection) for _ in range(2))
     assert all(map(torch.equal, first, second))
@@ -253,16 +284,19 @@ def test_the_input_gradient_of_many_groups_is_summed_in_single_precision() -> No
     assert dx[0, 0] == 10  # 8 + 63/32, rounded once; summed in bf16 it would stay at 8
 
 
+@pytest.mark.parametrize("tokens_last", [False, True], ids=["tokens first", "tokens last"])
 @pytest.mark.parametrize("form", ["whole", "compressed", "vector"])
-def test_the_operator_keeps_torchs_rules(form: str) -> None:
+def test_the_operator_keeps_torchs_rules(form: str, tokens_last: bool) -> None:
     x, weight, bias = (random(*shape, seed=0, dtype=torch.float32) for shape in ((5, 8), (4, 8), (4,)))
+    if tokens_last:
+        x = stored_tokens_last(x)
     pattern = NMPattern(1, 4, 2 if form == "vector" else 1)
     selection = NMSelection.largest(weight, pattern)
     if form == "compressed":
         weight = selection.compress(weight).detach().requires_grad_()
     mask, columns = selection.mask_GK, selection.columns_GP
     chosen = {"whole": (mask, None), "compressed": (None, columns), "vector": (mask, columns)}[form]
-    torch.library.opcheck(_linear, (x, weight, bias, *chosen, [1, 4, pattern.vector, 0], False, False))
+    torch.library.opcheck(_linear, (x, weight, bias, *chosen, [1, 4, pattern.vector, 0], False, False, tokens_last))
 
 
 # The module
@@ -293,6 +327,18 @@ def test_the_module_takes_the_place_of_a_linear_and_gives_it_back() -> None:
     (dw,) = torch.autograd.grad(layer(x).sum(), layer.weight)
     assert not dw[~layer.selection.mask()].any()
     assert repr(layer) == "NMLinear(in_features=8, out_features=6, bias=True, pattern=2:4)"
+
+
+def test_an_mlp_of_modules_stores_hidden_activations_tokens_last() -> None:
+    up = NMLinear.from_linear(nn.Linear(8, 32), "vector[2] 1:4", tokens_last=True)
+    down = NMLinear(32, 8, "vector[2] 1:4")
+    x = torch.randn(5, 8, requires_grad=True)
+    hidden = up(x).relu()
+    assert hidden.stride() == (1, 5)
+    y = down(hidden)
+    expected = down.to_linear()(up.to_linear()(x).relu())
+    assert_close(y, expected)
+    assert_close(*(torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected)))
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4", "transposable": True}, {"pattern": "vector[4] 1:4"}], ids=str)

@@ -80,16 +80,21 @@ class Operation:
             sizes: In the operation's own order.
             density: Share of the dense work that is left.
         """
-        threads = torch.get_num_threads()
-        key = (device, dtype, threads, (variant, sizes, density))
+        key = (device, dtype, torch.get_num_threads(), (variant, sizes, density))
         if key not in self._choices:
             if len(self._choices) >= _MAX_REMEMBERED:
                 self._choices.clear()
-            problem = Problem(self.name, variant, device, dtype, sizes, density, threads if device == "cpu" else 1)
-            candidates = self.candidates(problem)
-            unmeasured = self.unmeasured(problem, candidates)
-            self._choices[key] = table(device).choose(problem, candidates, self.near, unmeasured)
+            self._choices[key] = self.would_choose(device, dtype, variant, sizes, density)
         return self._choices[key]
+
+    def would_choose(
+        self, device: str, dtype: torch.dtype, variant: str, sizes: tuple[int, ...], density: float
+    ) -> Choice:
+        """As `choose`, of a problem that need not come up: `choices` does not tell of it."""
+        threads = torch.get_num_threads() if device == "cpu" else 1
+        problem = Problem(self.name, variant, device, dtype, sizes, density, threads)
+        candidates = self.candidates(problem)
+        return table(device).choose(problem, candidates, self.near, self.unmeasured(problem, candidates))
 
     def candidates(self, problem: Problem) -> list[str]:
         """Implementations besides dense that can compute the problem here."""

@@ -15,11 +15,13 @@ def output(
     columns_GP: Tensor | None,
     pattern: NMPattern,
     zeroed: bool,
+    tokens_last: bool,
 ) -> Tensor:
     """x Wᵀ + bias [T, N]."""
-    return F.linear(
-        x_TK, whole_weight(weight.to(x_TK.dtype), mask_GK, columns_GP, pattern, x_TK.shape[1], zeroed), bias_N
-    )
+    weight_NK = whole_weight(weight.to(x_TK.dtype), mask_GK, columns_GP, pattern, x_TK.shape[1], zeroed)
+    if not tokens_last:
+        return F.linear(x_TK, weight_NK, bias_N)
+    return (weight_NK @ x_TK.T if bias_N is None else torch.addmm(bias_N[:, None], weight_NK, x_TK.T)).T
 
 
 def input_gradient(
@@ -30,9 +32,11 @@ def input_gradient(
     pattern: NMPattern,
     num_inputs: int,
     zeroed: bool,
+    tokens_last: bool,
 ) -> Tensor:
     """dy W [T, K]."""
-    return dy_TN @ whole_weight(weight.to(dy_TN.dtype), mask_GK, columns_GP, pattern, num_inputs, zeroed)
+    weight_NK = whole_weight(weight.to(dy_TN.dtype), mask_GK, columns_GP, pattern, num_inputs, zeroed)
+    return (weight_NK.T @ dy_TN.T).T if tokens_last else dy_TN @ weight_NK
 
 
 def weight_gradient(

@@ -1,6 +1,7 @@
 """The three products as operations of the dispatcher, and what tuning measures of them."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+from sparsetrain_kernels.memory import store_tokens
 from sparsetrain_kernels.nm_linear import bag, dense, gather, semi_structured
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
 
 _SEPARATOR = ", "
-_COMPRESSED, _TRANSPOSABLE = "compressed", "transposable"
+_COMPRESSED, _TRANSPOSABLE, _TOKENS_LAST = "compressed", "transposable", "tokens last"
 _MIN_VECTOR = 16
 """Outputs of a group from which on gathering its inputs is worth trying."""
 _TRITON_VECTORS = (16, 32, 64, 128, 256)
@@ -27,16 +29,19 @@ _VECTORS = (*(NMPattern(1, m, vector) for vector in (64, 128) for m in (2, 4, 8)
 _COMPRESSED_PATTERNS = (NMPattern(2, 4), NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 8), NMPattern(1, 16))
 
 
-def variant_of(pattern: NMPattern, *, compressed: bool, transposable: bool) -> str:
-    """The dispatcher's word for a kind of weight, such as "2:4", "vector[64] 1:4" or "1:8, compressed"."""
-    words = [str(pattern), *[_COMPRESSED] * compressed, *[_TRANSPOSABLE] * transposable]
-    return _SEPARATOR.join(words)
+def variant_of(pattern: NMPattern, *, compressed: bool, transposable: bool, tokens_last: bool = False) -> str:
+    """The dispatcher's word for a kind of weight, such as "2:4", "vector[64] 1:4" or "1:8, compressed".
+
+    Vectors read and write activations that are stored tokens last in other times, so those are another variant.
+    """
+    flags = {_COMPRESSED: compressed, _TRANSPOSABLE: transposable, _TOKENS_LAST: tokens_last and pattern.vector > 1}
+    return _SEPARATOR.join([str(pattern), *(word for word, is_so in flags.items() if is_so)])
 
 
 @cache
-def _parse(variant: str) -> tuple[NMPattern, bool, bool]:
+def _parse(variant: str) -> tuple[NMPattern, frozenset[str]]:
     pattern, *words = variant.split(_SEPARATOR)
-    return NMPattern.parse(pattern), _COMPRESSED in words, _TRANSPOSABLE in words
+    return NMPattern.parse(pattern), frozenset(words)
 
 
 def _suits_gather(problem: Problem) -> bool:
@@ -44,8 +49,8 @@ def _suits_gather(problem: Problem) -> bool:
 
 
 def _suits_bag(problem: Problem) -> bool:
-    pattern, compressed, _ = _parse(problem.variant)
-    return compressed and pattern.vector == 1
+    pattern, words = _parse(problem.variant)
+    return _COMPRESSED in words and pattern.vector == 1
 
 
 def _suits_triton(problem: Problem) -> bool:
@@ -54,7 +59,7 @@ def _suits_triton(problem: Problem) -> bool:
 
 
 def _suits_tensor_cores(problem: Problem) -> bool:
-    pattern, compressed, _ = _parse(problem.variant)
+    pattern, words = _parse(problem.variant)
     tokens, outputs, inputs = problem.sizes
     fits = (
         outputs % semi_structured.MULTIPLE
@@ -62,12 +67,13 @@ def _suits_tensor_cores(problem: Problem) -> bool:
         == tokens % semi_structured.TOKEN_MULTIPLE
         == 0
     )
-    two_of_four = pattern == NMPattern(2, 4) and not compressed and problem.dtype in (torch.bfloat16, torch.float16)
-    return fits and two_of_four and tokens > 0 and semi_structured.is_available()
+    two_of_four = pattern == NMPattern(2, 4) and _COMPRESSED not in words
+    in_half = problem.dtype in (torch.bfloat16, torch.float16)
+    return fits and two_of_four and in_half and tokens > 0 and semi_structured.is_available()
 
 
 def _suits_tensor_cores_transposed(problem: Problem) -> bool:
-    return _parse(problem.variant)[2] and _suits_tensor_cores(problem)
+    return _TRANSPOSABLE in _parse(problem.variant)[1] and _suits_tensor_cores(problem)
 
 
 def _suits_triton_of_few(problem: Problem) -> bool:
@@ -81,6 +87,16 @@ def _triton(what: str, suits: Callable[[Problem], bool] = _suits_triton) -> Impl
     return Implementation(run, ("cuda",), suits)
 
 
+def _tokens_first(implementation: Implementation) -> Implementation:
+    """One that writes tokens first, whatever is asked for: the operator stores its result anew where it has to."""
+
+    def run(*arguments: Any) -> Any:
+        *others, _ = arguments
+        return implementation.run(*others)
+
+    return replace(implementation, run=run)
+
+
 def _problems(operation: str, device: str) -> Iterator[Problem]:
     threads = torch.get_num_threads() if device == "cpu" else 1
     features = _FEATURES[device]
@@ -88,6 +104,8 @@ def _problems(operation: str, device: str) -> Iterator[Problem]:
         if outputs == inputs == features[-1] and device == "cpu":
             continue  # as long as all others together
         patterns = [(pattern, "") for pattern in _VECTORS]
+        if device == "cpu" and outputs != inputs:  # as in a layer of an MLP
+            patterns += [(pattern, _SEPARATOR + _TOKENS_LAST) for pattern in _VECTORS]
         if device == "cuda":
             patterns.append((NMPattern(2, 4), _SEPARATOR + _TRANSPOSABLE))
             patterns += [(NMPattern(2, 4), "")] * (operation == "nm_linear.output")
@@ -115,10 +133,11 @@ def _random(problem: Problem, *shape: int) -> Tensor:
 
 def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMPattern]:
     """A random weight, its mask, its kept inputs and its pattern, in the form that the variant says."""
-    pattern, compressed, transposable = _parse(problem.variant)
+    pattern, words = _parse(problem.variant)
     weight = _random(problem, *problem.sizes[1:])
-    selection = NMSelection.transposable(weight) if transposable else NMSelection.largest(weight, pattern)
-    if compressed:
+    is_transposable = _TRANSPOSABLE in words
+    selection = NMSelection.transposable(weight) if is_transposable else NMSelection.largest(weight, pattern)
+    if _COMPRESSED in words:
         return selection.compress(weight), None, selection.columns_GP, pattern
     return (
         torch.where(selection.mask(), weight, 0),
@@ -128,23 +147,37 @@ def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMP
     )
 
 
-# Times are kept of the case that is best for dense: a whole weight that needs no masking, no bias.
+# Times are kept of the case that is best for dense: a whole weight that needs no masking, no bias. Of a layer whose
+# activations are stored tokens last that is the wider of its two.
+
+
+def _lasts(problem: Problem) -> tuple[bool, bool]:
+    """Whether outputs are stored tokens last, and whether inputs are."""
+    _, outputs, inputs = problem.sizes
+    tokens_last = _TOKENS_LAST in _parse(problem.variant)[1]
+    return tokens_last and outputs > inputs, tokens_last and outputs < inputs
+
+
+def _outputs(problem: Problem) -> Tensor:
+    return store_tokens(_random(problem, *problem.sizes[:2]), _lasts(problem)[0])
+
+
+def _inputs(problem: Problem) -> Tensor:
+    return store_tokens(_random(problem, problem.sizes[0], problem.sizes[2]), _lasts(problem)[1])
 
 
 def _output_arguments(problem: Problem) -> Sequence[Any]:
     weight, *selection = _weight(problem)
-    return _random(problem, problem.sizes[0], problem.sizes[2]), weight, None, *selection, True
+    return _inputs(problem), weight, None, *selection, True, _lasts(problem)[0]
 
 
 def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    tokens, outputs, inputs = problem.sizes
-    return _random(problem, tokens, outputs), *_weight(problem), inputs, True
+    return _outputs(problem), *_weight(problem), problem.sizes[2], True, _lasts(problem)[1]
 
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    tokens, outputs, inputs = problem.sizes
     _, *selection = _weight(problem)
-    return _random(problem, tokens, outputs), _random(problem, tokens, inputs), *selection, False, problem.dtype
+    return _outputs(problem), _inputs(problem), *selection, False, problem.dtype
 
 
 def _vector_problems(operation: str) -> Callable[[str], Iterator[Problem]]:
@@ -156,10 +189,10 @@ OUTPUT = Operation(
     {
         DENSE: Implementation(dense.output),
         "gather": Implementation(gather.output, ("cpu",), _suits_gather),
-        "bag": Implementation(bag.output, ("cpu",), _suits_bag),
-        "semi_structured": Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores),
-        "triton": _triton("output"),
-        "triton_of_few": _triton("output_of_few", _suits_triton_of_few),
+        "bag": _tokens_first(Implementation(bag.output, ("cpu",), _suits_bag)),
+        "semi_structured": _tokens_first(Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores)),
+        "triton": _tokens_first(_triton("output")),
+        "triton_of_few": _tokens_first(_triton("output_of_few", _suits_triton_of_few)),
     },
     _output_problems,
     _output_arguments,
@@ -169,8 +202,10 @@ INPUT_GRADIENT = Operation(
     {
         DENSE: Implementation(dense.input_gradient),
         "gather": Implementation(gather.input_gradient, ("cpu",), _suits_gather),
-        "semi_structured": Implementation(semi_structured.input_gradient, ("cuda",), _suits_tensor_cores_transposed),
-        "triton": _triton("input_gradient"),
+        "semi_structured": _tokens_first(
+            Implementation(semi_structured.input_gradient, ("cuda",), _suits_tensor_cores_transposed)
+        ),
+        "triton": _tokens_first(_triton("input_gradient")),
     },
     _vector_problems("nm_linear.input_gradient"),
     _input_gradient_arguments,

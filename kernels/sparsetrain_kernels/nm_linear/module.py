@@ -25,6 +25,8 @@ class NMLinear(nn.Linear):
         transposable: Keep masks whose transpose is 2:4 too; for pattern 2:4 alone.
         straight_through: Give weights that are not kept the gradient as if they were, so that they may return;
             otherwise it is zero.
+        tokens_last: How to store results; see `nm_linear`. True is faster for the first layers of an MLP of vectors on
+            a CPU, whose last layer reads them so.
         device: As in nn.Linear.
         dtype: As in nn.Linear.
 
@@ -44,6 +46,7 @@ class NMLinear(nn.Linear):
         *,
         transposable: bool = False,
         straight_through: bool = True,
+        tokens_last: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -54,6 +57,7 @@ class NMLinear(nn.Linear):
             raise ValueError(f"transposable=True: masks of {self.pattern} are not; use 2:4")
         self.transposable = transposable
         self.straight_through = straight_through
+        self.tokens_last = tokens_last
         self._selection: NMSelection | None = None
         mask_shape = out_features // self.pattern.vector, in_features
         self.register_buffer("mask", torch.empty(mask_shape, dtype=torch.bool, device=self.weight.device))
@@ -62,7 +66,13 @@ class NMLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, pattern: NMPattern | str, *, transposable: bool = False, straight_through: bool = True
+        cls,
+        linear: nn.Linear,
+        pattern: NMPattern | str,
+        *,
+        transposable: bool = False,
+        straight_through: bool = True,
+        tokens_last: bool = False,
     ) -> "NMLinear":
         """A layer that shares the parameters of a dense one and keeps its largest weights."""
         layer = cls(
@@ -72,6 +82,7 @@ class NMLinear(nn.Linear):
             linear.bias is not None,
             transposable=transposable,
             straight_through=straight_through,
+            tokens_last=tokens_last,
             device="meta",
         )
         layer.weight, layer.bias = linear.weight, linear.bias
@@ -117,7 +128,8 @@ class NMLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        return nm_linear(x, self.weight, self.selection, self.bias, dense_gradient=self.straight_through)
+        how = {"dense_gradient": self.straight_through, "tokens_last": self.tokens_last}
+        return nm_linear(x, self.weight, self.selection, self.bias, **how)
 
     def extra_repr(self) -> str:
         """What nn.Linear says, and the pattern."""

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain_kernels.memory import are_tokens_last, store_tokens
 from sparsetrain_kernels.nm_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, variant_of
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
@@ -21,6 +22,7 @@ def nm_linear(
     *,
     zeroed: bool = False,
     dense_gradient: bool = False,
+    tokens_last: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias, where W is the weight with zeros outside what `selection` keeps.
 
@@ -37,6 +39,9 @@ def nm_linear(
             promise gives wrong results.
         dense_gradient: Give a whole weight the gradient dyᵀ x everywhere (the straight-through estimator, what methods
             whose masks move need); otherwise it is zero outside the selection.
+        tokens_last: Store the result in memory as [N, ...], its tokens along the rows. Patterns of vectors on a CPU
+            read and write activations so without copying them, and elementwise operations keep them so. x may be
+            stored either way; its gradient is stored as it is.
 
     Returns:
         [..., N] in the dtype of the computation.
@@ -58,6 +63,7 @@ def nm_linear(
         [pattern.n, pattern.m, pattern.vector, selection.is_transposable],
         zeroed,
         dense_gradient,
+        tokens_last,
     )
     return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
@@ -101,12 +107,14 @@ def _linear(
     kind: list[int],
     zeroed: bool,
     dense_gradient: bool,
+    tokens_last: bool,
 ) -> Tensor:
     pattern = NMPattern(*kind[:3])
-    problem = _problem(pattern, kind, mask_GK is None, len(x_TK), len(weight), x_TK.shape[1])
+    last = tokens_last or are_tokens_last(x_TK)
+    problem = _problem(pattern, kind, mask_GK is None, last, (len(x_TK), len(weight), x_TK.shape[1]))
     bias_N = None if bias_N is None else bias_N.contiguous()
-    arguments = x_TK.contiguous(), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed
-    return OUTPUT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
+    arguments = _plain(x_TK), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed, tokens_last
+    return store_tokens(OUTPUT.run(x_TK, problem, *arguments), tokens_last)
 
 
 @_linear.register_fake
@@ -119,8 +127,9 @@ def _(
     kind: list[int],
     zeroed: bool,
     dense_gradient: bool,
+    tokens_last: bool,
 ) -> Tensor:
-    return x_TK.new_empty(x_TK.shape[0], weight.shape[0])
+    return _empty(x_TK, x_TK.shape[0], weight.shape[0], tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::nm_linear_input_gradient", mutates_args=())
@@ -132,11 +141,13 @@ def _input_gradient(
     kind: list[int],
     num_inputs: int,
     zeroed: bool,
+    tokens_last: bool,
 ) -> Tensor:
     pattern = NMPattern(*kind[:3])
-    problem = _problem(pattern, kind, mask_GK is None, len(dy_TN), len(weight), num_inputs)
-    arguments = dy_TN.contiguous(), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed
-    return INPUT_GRADIENT.run(dy_TN, problem, *arguments)  # type: ignore[no-any-return]
+    last = tokens_last or are_tokens_last(dy_TN)
+    problem = _problem(pattern, kind, mask_GK is None, last, (len(dy_TN), len(weight), num_inputs))
+    arguments = _plain(dy_TN), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed, tokens_last
+    return store_tokens(INPUT_GRADIENT.run(dy_TN, problem, *arguments), tokens_last)
 
 
 @_input_gradient.register_fake
@@ -148,8 +159,9 @@ def _(
     kind: list[int],
     num_inputs: int,
     zeroed: bool,
+    tokens_last: bool,
 ) -> Tensor:
-    return dy_TN.new_empty(dy_TN.shape[0], num_inputs)
+    return _empty(dy_TN, dy_TN.shape[0], num_inputs, tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::nm_linear_weight_gradient", mutates_args=())
@@ -162,8 +174,9 @@ def _weight_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     pattern, compressed = NMPattern(*kind[:3]), mask_GK is None
-    problem = _problem(pattern, kind, compressed, len(x_TK), dy_TN.shape[1], x_TK.shape[1])
-    arguments = dy_TN.contiguous(), x_TK.contiguous(), mask_GK, columns_GP, pattern, compressed, dtype
+    last = are_tokens_last(x_TK) or are_tokens_last(dy_TN)
+    problem = _problem(pattern, kind, compressed, last, (len(x_TK), dy_TN.shape[1], x_TK.shape[1]))
+    arguments = _plain(dy_TN), _plain(x_TK), mask_GK, columns_GP, pattern, compressed, dtype
     return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 
 
@@ -181,7 +194,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TK, weight, _, mask_GK, columns_GP, ctx.kind, ctx.zeroed, ctx.dense_gradient = inputs
+    x_TK, weight, _, mask_GK, columns_GP, ctx.kind, ctx.zeroed, ctx.dense_gradient, _ = inputs
     ctx.save_for_backward(x_TK, weight, mask_GK, columns_GP)
 
 
@@ -190,21 +203,32 @@ def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     dx = dw = None
     if needs_x:
-        dx = _input_gradient(dy_TN, weight, mask_GK, columns_GP, ctx.kind, x_TK.shape[1], ctx.zeroed)
+        of_x = x_TK.shape[1], ctx.zeroed, are_tokens_last(x_TK)
+        dx = _input_gradient(dy_TN, weight, mask_GK, columns_GP, ctx.kind, *of_x)
     if needs_weight and ctx.dense_gradient:
         dw = (dy_TN.T @ x_TK).to(weight.dtype)
     elif needs_weight:
         dw = _weight_gradient(dy_TN, x_TK, mask_GK, columns_GP, ctx.kind, weight.dtype)
     db = dy_TN.sum(0) if needs_bias else None
-    return dx, dw, db, None, None, None, None, None
+    return dx, dw, db, None, None, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
 
 
+def _plain(x_TX: Tensor) -> Tensor:
+    """Activations without gaps or repetitions in memory; on a CPU in either order, elsewhere tokens first."""
+    return x_TX if x_TX.is_cpu and are_tokens_last(x_TX) else x_TX.contiguous()
+
+
+def _empty(like: Tensor, num_tokens: int, num_features: int, tokens_last: bool) -> Tensor:
+    return like.new_empty(num_features, num_tokens).T if tokens_last else like.new_empty(num_tokens, num_features)
+
+
 def _problem(
-    pattern: NMPattern, kind: list[int], compressed: bool, tokens: int, outputs: int, inputs: int
+    pattern: NMPattern, kind: list[int], compressed: bool, tokens_last: bool, sizes: tuple[int, int, int]
 ) -> tuple[str, tuple[int, ...], float]:
-    """Variant, sizes and density for the dispatcher."""
-    variant = variant_of(pattern, compressed=compressed, transposable=bool(kind[3]))
-    return variant, (tokens, outputs, inputs), pattern.density
+    """Variant, sizes (tokens, outputs, inputs) and density for the dispatcher."""
+    is_transposable = bool(kind[3])
+    variant = variant_of(pattern, compressed=compressed, transposable=is_transposable, tokens_last=tokens_last)
+    return variant, sizes, pattern.density

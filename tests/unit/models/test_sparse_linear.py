@@ -1,6 +1,7 @@
 """SparseLinear and `use_sparse_linears`."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from sparsetrain.config.sparsity import BlockShape
 from sparsetrain.errors import SparsityError
 from sparsetrain.models.sparse_linear import SparseLinear, kernel_pattern, pattern_text, use_sparse_linears
+from sparsetrain.moe.feed_forward import FeedForward
 
 PATTERNS = [BlockShape(16, 16), NMPattern(2, 4), NMPattern(1, 8), NMPattern(1, 4, 16)]
 
@@ -137,3 +139,70 @@ def test_patterns_that_do_not_divide_are_refused(pattern: str, message: str) -> 
     use_sparse_linears(model)
     with pytest.raises(SparsityError, match=message):
         model[0].zeros_follow(pattern)
+
+
+def mlp(pattern: str | None) -> FeedForward:
+    """A feed-forward layer of SparseLinears whose weights follow a pattern."""
+    torch.manual_seed(0)
+    layer = FeedForward(32, 64).double()
+    use_sparse_linears(layer)
+    for linear in (layer.gate, layer.up, layer.down):
+        if pattern is not None:
+            with torch.no_grad():
+                linear.weight.mul_(mask_of(linear.weight, kernel_pattern(pattern)))
+            linear.zeros_follow(pattern)
+    return layer
+
+
+def times(tokens_last: float) -> dispatch.Table:
+    """Dense takes 4 s, a gathered product 2 s, or so many of activations that are stored tokens last."""
+    found = dispatch.Table("made up")
+    for name in ("output", "input_gradient", "weight_gradient"):
+        for words, seconds in (("", 2.0), (", tokens last", tokens_last)):
+            for sizes in ((21, 64, 32), (21, 32, 64)):
+                variant = f"vector[16] 1:4{words}"
+                problem = dispatch.Problem(
+                    f"nm_linear.{name}", variant, "cpu", torch.float64, sizes, 0.25, torch.get_num_threads()
+                )
+                found.times[problem] = {"dense": 4.0, "gather": seconds}
+    return found
+
+
+@pytest.fixture
+def made_up_times(request: pytest.FixtureRequest) -> Iterator[None]:
+    dispatch.use_table("cpu", times(request.param))
+    yield
+    dispatch.use_table("cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("made_up_times", "is_last"), [(1.0, True), (3.0, False)], ids=["faster", "slower"], indirect=["made_up_times"]
+)
+@pytest.mark.usefixtures("made_up_times")
+def test_an_mlp_stores_what_lies_between_its_layers_as_is_fastest(is_last: bool) -> None:
+    layer, dense = mlp("vector[16] 1:4"), mlp(None)
+    dense.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 7, 32, dtype=torch.float64, requires_grad=True)
+    strides: dict[str, tuple[int, ...]] = {}
+    for name in ("gate", "up", "down"):
+        getattr(layer, name).register_forward_hook(lambda m, args, y, name=name: strides.update({name: y.stride()}))
+    assert layer.down.is_beside_tokens_last(21, torch.float64, "cpu") == is_last
+    y, dx, found = _run(layer, x)
+    expected_y, expected_dx, expected = _run(dense, x)
+    wide = (7, 1, 21) if is_last else (448, 64, 1)
+    assert strides == {"gate": wide, "up": wide, "down": (224, 32, 1)}
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(dx, expected_dx)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name] * (layer.get_parameter(name) != 0))
+
+
+@pytest.mark.parametrize("made_up_times", [1.0], indirect=True)
+@pytest.mark.usefixtures("made_up_times")
+def test_one_layer_of_another_pattern_leaves_activations_as_they_are() -> None:
+    layer = mlp("vector[16] 1:4")
+    assert layer.up.is_beside_tokens_last(21, torch.float64, "cpu")
+    layer.gate.zeros_follow(None)
+    assert not layer.up.is_beside_tokens_last(21, torch.float64, "cpu")
+    assert layer.up(torch.randn(21, 32, dtype=torch.float64)).is_contiguous()
+    assert not mlp("vector[16] 1:4").up.is_beside_tokens_last(21, torch.float64, "cuda")
