@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 
 import pytest
 import torch
-from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear, reference
+from sparsetrain_kernels import memory
+from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear, gather, reference
 from sparsetrain_kernels.block_sparse_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT
 from sparsetrain_kernels.block_sparse_linear.op import _linear
 from torch import Tensor
@@ -58,6 +60,7 @@ def as_double(tensor: Tensor | None) -> Tensor | None:
 SHAPES = {
     "one-block": (1, 1, (8, 8), 3),
     "wide-blocks": (5, 7, (4, 12), 10),
+    "very-wide-blocks": (3, 4, (128, 130), 9),
     "odd": (7, 4, (5, 3), 11),
     "single-entries": (6, 9, (1, 1), 4),
     "one-token": (3, 6, (16, 16), 1),
@@ -122,15 +125,37 @@ def test_results_repeat_bitwise() -> None:
     assert all(map(torch.equal, first, second))
 
 
-def test_nothing_of_a_result_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = random_layout(4, 6, (8, 8))
-    new_empty = Tensor.new_empty
+@pytest.mark.parametrize("block", [(8, 8), (128, 128)], ids=["narrow", "wide"])
+def test_nothing_of_a_result_is_left_unwritten(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int]) -> None:
+    layout = random_layout(4, 6, block)
+    new_empty, new_result = Tensor.new_empty, memory.new_result
     monkeypatch.setattr(Tensor, "new_empty", lambda like, *args, **kw: new_empty(like, *args, **kw).fill_(torch.nan))
-    x, weight, bias = random(7, 48, seed=0), random(32, 48, seed=1), random(32, seed=2)
-    for packed in (False, True):
+    monkeypatch.setattr(gather, "new_result", lambda like, *args, **kw: new_result(like, *args, **kw).fill_(torch.nan))
+    outputs, inputs = layout.grid.shape
+    x, weight, bias = random(7, inputs, seed=0), random(outputs, inputs, seed=1), random(outputs, seed=2)
+    for packed, with_bias in product((False, True), repeat=2):
         with forced("gather"):
             stored = layout.pack(weight).detach().requires_grad_() if packed else weight
-            assert all(result.isfinite().all() for result in results(block_sparse_linear, x, stored, layout, bias))
+            found = results(block_sparse_linear, x, stored, layout, bias if with_bias else None)
+            assert all(result.isfinite().all() for result in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("block", [(8, 16), (128, 128)], ids=["narrow", "wide"])
+def test_tokens_taken_in_parts_give_the_same(
+    monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], dtype: torch.dtype
+) -> None:
+    layout = random_layout(4, 6, block)
+    outputs, inputs = layout.grid.shape
+    shapes = (22, inputs), (outputs, inputs), (outputs,)
+    x, weight, bias = (random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    with forced("gather"):
+        at_once = results(block_sparse_linear, x, weight, layout, bias)
+        for constant, value in {"_FEWEST_TOKENS": 4, "_READ_BYTES": 1, "_GATHERED_BYTES": 1}.items():
+            monkeypatch.setattr(gather, constant, value)
+        in_parts = results(block_sparse_linear, x, weight, layout, bias)
+    for ours, theirs in zip(in_parts, at_once, strict=True):
+        assert_close(ours.double(), theirs.double(), rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
 def test_a_dense_gradient_reaches_dead_blocks() -> None:

@@ -1,13 +1,15 @@
-"""The three products on a CPU: per row (or column) of blocks, one dense product of what its living blocks read.
+"""The three products on a CPU, which read and compute the living blocks alone.
 
-Everything is copied in pieces, which are as long as a block is wide: c neighbouring values of a weight or of x, or r of
-dy. One index_select puts all that a product reads beside one another, on all cores; blocks that are neighbours already
-are read where they are. Each product then accumulates in fp32 and writes its outputs in place.
+B living blocks are kept as P = B·r pieces, each of the c neighbouring values that are one row of one block.
 
-B living blocks, P = B·r pieces of them.
+Each row (or column) of blocks is one product, which accumulates in fp32 inside and writes its outputs in place. All
+that it reads is copied side by side first, by one index_select on all cores; what is side by side already is read where
+it is. Wide blocks of float32 and float64 are products of their own instead, added up in place: that rounds nothing
+more, and copies nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -15,29 +17,27 @@ from torch import Tensor
 from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, unpack_index
 from sparsetrain_kernels.memory import new_result
 
-_CACHE_BYTES = 1 << 20
+# Tokens are taken in parts, so that what a product reads is in cache when it, or a later one, reads it again.
+_READ_BYTES = 8 << 20
+_GATHERED_BYTES = 2 << 20
 _FEWEST_TOKENS = 256
+_WIDE = 128
 
 
 def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """x Wᵀ + bias [T, N]; `zeroed` makes no difference, dead blocks are not read."""
     lists = unpack_index(index, grid)
     reads = _Reads(x_TK, grid.block_columns, lists.row_starts, lists.columns)
-    pieces_P = _pieces(lists, grid, weight.ndim == 3)[_pieces(lists, grid, packed=False).argsort()]
-    parts = _select(weight, pieces_P, grid, x_TK.dtype, reads.counts)
-    matrices = [part.view(grid.block_rows, -1).T if len(part) else None for part in parts]
-    biases = [None] * grid.num_rows if bias_N is None else torch.split(bias_N, grid.block_rows)
-    return _products(reads, matrices, biases, grid.block_rows)
+    blocks_Brc = _select(weight, _pieces(lists, grid, weight.ndim == 3), grid, x_TK.dtype)
+    return _products(reads, blocks_Brc.transpose(1, 2), bias_N)
 
 
 def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
     """dy W [T, K]."""
     lists = unpack_index(index, grid)
     reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
-    pieces_P = _by_column(_pieces(lists, grid, weight.ndim == 3), lists)
-    parts = _select(weight, pieces_P, grid, dy_TN.dtype, reads.counts)
-    matrices = [part if len(part) else None for part in parts]
-    return _products(reads, matrices, [None] * grid.num_columns, grid.block_columns)
+    blocks_Brc = _select(weight, _pieces(lists, grid, weight.ndim == 3)[lists.order], grid, dy_TN.dtype)
+    return _products(reads, blocks_Brc, None)
 
 
 def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
@@ -47,11 +47,11 @@ def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, pack
     """
     lists = unpack_index(index, grid)
     reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
-    pieces_P = _by_column(_pieces(lists, grid, packed), lists)
+    pieces_P = _pieces(lists, grid, packed)[lists.order].flatten()
     products_Pc = dy_TN.new_empty(len(pieces_P) + 1, grid.block_columns)
     products_Pc[-1] = 0  # the piece that dead blocks get
     parts = torch.split(products_Pc[:-1], [count * grid.block_rows for count in reads.counts])
-    beside = _Buffer(reads, len(dy_TN))
+    beside = _Beside(reads, len(dy_TN))
     for column, (part, x_Tc) in enumerate(zip(parts, torch.split(x_TK, grid.block_columns, 1), strict=True)):
         if len(part):
             torch.mm(beside(column, dy_TN).T, x_Tc, out=part)
@@ -69,72 +69,99 @@ class _Reads:
         self.matrix_TX, self.width = matrix_TX, width
         self.counts: list[int] = starts.diff().tolist()
         self.slabs = torch.split(slabs_B, self.counts)
-        self.firsts: list[int | None] = [_first_of_run(part) for part in map(Tensor.tolist, self.slabs)]
 
-    def tokens_in_cache(self) -> int:
-        """How many tokens at a time keep what a product reads in cache."""
-        bytes_per_token = max(self.counts) * self.width * self.matrix_TX.itemsize
-        return min(max(_FEWEST_TOKENS, _CACHE_BYTES // max(bytes_per_token, 1)), len(self.matrix_TX))
+    def tokens_within(self, most_bytes: int, columns: int) -> int:
+        """How many tokens to take at a time to hold so many columns of them in so many bytes: equal parts of all."""
+        most = max(_FEWEST_TOKENS, most_bytes // max(columns * self.matrix_TX.itemsize, 1))
+        num_parts = ceil(len(self.matrix_TX) / most)
+        return ceil(len(self.matrix_TX) / max(num_parts, 1)) or 1
 
 
-class _Buffer:
-    """Memory for what any of the products reads of so many tokens: pieces are copied there side by side."""
+class _Beside:
+    """Calls give the slabs that a product reads side by side, of at most so many tokens at a time."""
 
     def __init__(self, reads: _Reads, most_tokens: int) -> None:
         self.reads = reads
-        num_slabs = reads.matrix_TX.shape[1] // reads.width
-        self.first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * num_slabs
+        first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * (reads.matrix_TX.shape[1] // reads.width)
+        self.pieces = [(first_T1 + slabs).view(-1) for slabs in reads.slabs]
+        self.firsts = [_first_of_run(slabs.tolist()) for slabs in reads.slabs]
         self.memory = new_result(reads.matrix_TX, most_tokens * max(reads.counts), reads.width)
 
     def __call__(self, product: int, tokens_TX: Tensor) -> Tensor:
-        """The slabs of some of the matrix's tokens that a product reads, side by side."""
-        width, count, first = self.reads.width, self.reads.counts[product], self.reads.firsts[product]
+        """Those of some of the matrix's tokens: a view where they are neighbours, otherwise valid until the next."""
+        width, count, first = self.reads.width, self.reads.counts[product], self.firsts[product]
         if first is not None:
             return tokens_TX[:, first * width : (first + count) * width]
-        pieces_TB = self.first_T1[: len(tokens_TX)] + self.reads.slabs[product]
-        gathered = self.memory[: len(tokens_TX) * count]
-        torch.index_select(tokens_TX.view(-1, width), 0, pieces_TB.view(-1), out=gathered)
+        num_pieces = len(tokens_TX) * count
+        gathered = self.memory[:num_pieces]
+        torch.index_select(tokens_TX.view(-1, width), 0, self.pieces[product][:num_pieces], out=gathered)
         return gathered.view(len(tokens_TX), count * width)
 
 
-def _products(reads: _Reads, matrices: Sequence[Tensor | None], biases: Sequence[Tensor | None], width: int) -> Tensor:
-    """Side by side, `width` columns each: what every product reads times its matrix, plus its bias."""
-    out_TY = new_result(reads.matrix_TX, len(reads.matrix_TX), width * len(matrices))
-    if not len(reads.matrix_TX):
-        return out_TY
-    num_tokens = reads.tokens_in_cache()
-    beside = _Buffer(reads, num_tokens)
-    for tokens_TX, out in zip(torch.split(reads.matrix_TX, num_tokens), torch.split(out_TY, num_tokens), strict=True):
-        for product, (matrix, bias, out_Ty) in enumerate(
-            zip(matrices, biases, torch.split(out, width, 1), strict=True)
-        ):
-            if matrix is None:
-                out_Ty.copy_(out_Ty.new_zeros(()) if bias is None else bias)
-            elif bias is None:
-                torch.mm(beside(product, tokens_TX), matrix, out=out_Ty)
-            else:
-                torch.addmm(bias, beside(product, tokens_TX), matrix, out=out_Ty)
+def _products(reads: _Reads, blocks_Bxy: Tensor, bias_Y: Tensor | None) -> Tensor:
+    """Outputs [T, Y], y columns from each product: its slabs of x columns each times its blocks, plus bias."""
+    num_tokens, width = len(reads.matrix_TX), blocks_Bxy.shape[2]
+    out_TY = new_result(reads.matrix_TX, num_tokens, width * len(reads.counts))
+    for product, count in enumerate(reads.counts):
+        if not count:
+            bias_y = 0 if bias_Y is None else bias_Y[product * width : (product + 1) * width]
+            out_TY[:, product * width : (product + 1) * width] = bias_y
+    whole_precision = reads.matrix_TX.dtype in (torch.float32, torch.float64)
+    write = _write_accumulated if whole_precision and reads.width >= _WIDE else _write_gathered
+    write(out_TY, reads, blocks_Bxy, bias_Y)
     return out_TY
 
 
+def _write_gathered(out_TY: Tensor, reads: _Reads, blocks_Bxy: Tensor, bias_Y: Tensor | None) -> None:
+    """One product for all blocks of an output; in bf16, oneDNN is fastest where the rows of both operands are whole."""
+    width = blocks_Bxy.shape[2]
+    matrices = [part.view(-1, width) for part in torch.split(blocks_Bxy.contiguous(), reads.counts)]
+    at_a_time = reads.tokens_within(_GATHERED_BYTES, max(reads.counts) * reads.width)
+    beside = _Beside(reads, at_a_time)
+    for product, tokens_TX, out_Ty, bias_y in _parts(out_TY, reads, width, bias_Y, at_a_time):
+        if bias_y is None:
+            torch.mm(beside(product, tokens_TX), matrices[product], out=out_Ty)
+        else:
+            torch.addmm(bias_y, beside(product, tokens_TX), matrices[product], out=out_Ty)
+
+
+def _write_accumulated(out_TY: Tensor, reads: _Reads, blocks_Bxy: Tensor, bias_Y: Tensor | None) -> None:
+    """One product for each block, added to those before it."""
+    blocks = torch.split(blocks_Bxy, reads.counts)
+    slabs = [part.tolist() for part in reads.slabs]
+    at_a_time = reads.tokens_within(_READ_BYTES, reads.matrix_TX.shape[1])
+    for product, tokens_TX, out_Ty, bias_y in _parts(out_TY, reads, blocks_Bxy.shape[2], bias_Y, at_a_time):
+        so_far, keep = (out_Ty, 0) if bias_y is None else (bias_y, 1)
+        for slab, block_xy in zip(slabs[product], blocks[product], strict=True):
+            tokens_Tx = tokens_TX[:, slab * reads.width : (slab + 1) * reads.width]
+            torch.addmm(so_far, tokens_Tx, block_xy, beta=keep, out=out_Ty)
+            so_far, keep = out_Ty, 1
+
+
+def _parts(
+    out_TY: Tensor, reads: _Reads, width: int, bias_Y: Tensor | None, at_a_time: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None]]:
+    """For some tokens at a time, each product that reads any: its number, the tokens, its outputs of them, its bias."""
+    biases = [None] * len(reads.counts) if bias_Y is None else torch.split(bias_Y, width)
+    for tokens_TX, out in zip(torch.split(reads.matrix_TX, at_a_time), torch.split(out_TY, at_a_time), strict=True):
+        for product, (out_Ty, bias_y) in enumerate(zip(torch.split(out, width, 1), biases, strict=True)):
+            if reads.counts[product]:
+                yield product, tokens_TX, out_Ty, bias_y
+
+
 def _pieces(lists: BlockLists, grid: Grid, packed: bool) -> Tensor:
-    """Where the pieces of living blocks are among those of a weight [P], block by block."""
-    if packed:
-        return torch.arange(len(lists.columns) * grid.block_rows, dtype=torch.int32)
-    rows, columns = lists.places()
+    """Where the pieces of each living block are among those of a weight, int32 [B, r]."""
     within_r = torch.arange(grid.block_rows, dtype=torch.int32)
-    return ((rows[:, None] * grid.block_rows + within_r) * grid.num_columns + columns[:, None]).flatten()
+    if packed:
+        blocks = torch.arange(len(lists.columns), dtype=torch.int32)
+        return blocks[:, None] * grid.block_rows + within_r
+    rows, columns = lists.places()
+    return (rows * (grid.block_rows * grid.num_columns) + columns)[:, None] + within_r * grid.num_columns
 
 
-def _by_column(pieces_P: Tensor, lists: BlockLists) -> Tensor:
-    """Pieces in the order of blocks counted column by column."""
-    return pieces_P.view(len(lists.order), -1)[lists.order].flatten() if len(lists.order) else pieces_P
-
-
-def _select(weight: Tensor, pieces_P: Tensor, grid: Grid, dtype: torch.dtype, counts: list[int]) -> Sequence[Tensor]:
-    """Pieces of a dense or packed weight in the dtype of the computation, product by product [blocks · r, c]."""
-    living_Pc = weight.view(-1, grid.block_columns).index_select(0, pieces_P).to(dtype)
-    return torch.split(living_Pc, [count * grid.block_rows for count in counts])
+def _select(weight: Tensor, pieces_Br: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Blocks of a dense or packed weight in the dtype of the computation [B, r, c]."""
+    return weight.view(-1, grid.block_columns).index_select(0, pieces_Br.flatten()).to(dtype).view(-1, *grid[2:])
 
 
 def _first_of_run(slabs: list[int]) -> int | None:
