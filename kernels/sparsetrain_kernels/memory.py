@@ -27,21 +27,6 @@ def new_result(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> T
     return result
 
 
-def new_tokens(like: Tensor, num_tokens: int, num_features: int, tokens_last: bool) -> Tensor:
-    """As `new_result`: activations [T, X], in memory as they are or transposed."""
-    return new_result(like, num_features, num_tokens).T if tokens_last else new_result(like, num_tokens, num_features)
-
-
-def store_tokens(x_TX: Tensor, tokens_last: bool) -> Tensor:
-    """Activations [T, X] as `new_tokens` would store them; themselves if they are."""
-    return x_TX.T.contiguous().T if tokens_last else x_TX.contiguous()
-
-
-def are_tokens_last(x_TX: Tensor) -> bool:
-    """Whether activations [T, X] are in memory transposed, and not as they are."""
-    return x_TX.T.is_contiguous() and not x_TX.is_contiguous()
-
-
 @cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.block_sparse_linear import WeightBlocks, block_sparse_linear
+from sparsetrain_kernels.block_sparse_linear.implementations import variant_of as block_variant
 from sparsetrain_kernels.nm_linear import NMPattern, NMSelection, magnitude_mask, nm_linear
 from sparsetrain_kernels.nm_linear.implementations import variant_of
 from sparsetrain_kernels.precision import compute_dtype
@@ -75,10 +76,8 @@ class SparseLinear(nn.Linear):
         found = None if pattern is None else kernel_pattern(pattern)
         if found is not None:
             self._check_divides(found)
-        self._pattern, self._kept = found, None
-        for between in (self._before, self._after):
-            if between is not None:
-                between.forget()
+        self._pattern = found
+        self.masks_changed()
 
     def is_beside_tokens_last(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
         """Whether what it reads or what it writes is stored tokens last: see `only_elementwise_between`.
@@ -94,6 +93,9 @@ class SparseLinear(nn.Linear):
     def masks_changed(self) -> None:
         """Look again in the next forward pass where the zeros are. A Sparsifier says so when it has moved them."""
         self._kept = None
+        for between in (self._before, self._after):
+            if between is not None:
+                between.forget()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in autocast's dtype where that is on."""
@@ -103,15 +105,27 @@ class SparseLinear(nn.Linear):
         """As `forward`, with a bias or without."""
         if self._pattern is None:
             return F.linear(x, self.weight, bias)
-        if self._kept is None:
+        kept = self._found()
+        if kept is None:
+            return F.linear(x, self.weight, bias)
+        of_x = x.numel() // self.in_features, compute_dtype(x), x.device.type
+        tokens_last = self._after is not None and self._after.is_tokens_last(*of_x)
+        if isinstance(kept, WeightBlocks):
+            return block_sparse_linear(x, self.weight, kept, bias, zeroed=True, tokens_last=tokens_last)
+        return nm_linear(x, self.weight, kept, bias, zeroed=True, tokens_last=tokens_last)
+
+    @property
+    def density(self) -> float:
+        """Share of the units of its pattern that live; 1 where the layer is dense."""
+        kept = self._found()
+        if kept is None:
+            return 1.0
+        return kept.density if isinstance(kept, WeightBlocks) else kept.pattern.density
+
+    def _found(self) -> WeightBlocks | NMSelection | None:
+        if self._kept is None and self._pattern is not None:
             self._kept = self._find_zeros(self._pattern)
-        if isinstance(self._kept, WeightBlocks):
-            return block_sparse_linear(x, self.weight, self._kept, bias, zeroed=True)
-        if isinstance(self._kept, NMSelection):
-            of_x = x.numel() // self.in_features, compute_dtype(x), x.device.type
-            tokens_last = self._after is not None and self._after.is_tokens_last(*of_x)
-            return nm_linear(x, self.weight, self._kept, bias, zeroed=True, tokens_last=tokens_last)
-        return F.linear(x, self.weight, bias)
+        return self._kept
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -179,9 +193,9 @@ def use_sparse_linears(model: nn.Module, names: Iterable[str] | None = None) -> 
 def only_elementwise_between(firsts: Sequence[nn.Module], second: nn.Module) -> None:
     """Say that nothing but elementwise operations come between some layers and another one, such as in an MLP.
 
-    If all of them come to hold vectors n:m, activations between them are stored tokens last on a CPU, which is how the
-    kernels read and write them: half of the time of a wide MLP is otherwise spent in transposing. Results are the same
-    in any case. `use_sparse_linears` says so of the feed-forward layers of this package's models; others may call it.
+    If all of them come to hold blocks or vectors n:m, activations between them are stored tokens last on a CPU where
+    that takes less time by the dispatcher's table: kernels then copy features whole. Results are the same in any case.
+    `use_sparse_linears` says so of the feed-forward layers of this package's models; others may call it.
 
     Args:
         firsts: Whose results are combined.
@@ -219,13 +233,14 @@ class _Between:
         return last < first
 
     def _seconds(self, num_tokens: int, dtype: torch.dtype, device: str, tokens_last: bool) -> float:
-        """Of all products; infinite where one was not measured, or a layer does not hold vectors n:m on a CPU."""
+        """Of all products; infinite where one was not measured, or a layer does not hold units on a CPU."""
         total = 0.0
         for layer in self._layers:
             pattern, shape = layer.pattern, (layer.out_features, layer.in_features)
-            if device != "cpu" or not isinstance(pattern, NMPattern) or pattern.vector == 1:
+            has_units = isinstance(pattern, BlockShape) or (isinstance(pattern, NMPattern) and pattern.vector > 1)
+            if device != "cpu" or pattern is None or not has_units:
                 return inf
-            case = pattern, shape, pattern.density, num_tokens, dtype, device
+            case = pattern, shape, layer.density, num_tokens, dtype, device
             for choice in choices(*case, tokens_last=tokens_last):
                 total += inf if choice.seconds is None else choice.seconds
         return total
@@ -262,7 +277,7 @@ def choices(
         tokens_last: Whether inputs or outputs are stored tokens last.
     """
     if isinstance(pattern, BlockShape):
-        kind, variant = "block_sparse_linear", f"{pattern.rows}x{pattern.cols}"
+        kind, variant = "block_sparse_linear", block_variant((pattern.rows, pattern.cols), tokens_last)
     else:
         kind = "nm_linear"
         variant = variant_of(pattern, compressed=False, transposable=transposable, tokens_last=tokens_last)

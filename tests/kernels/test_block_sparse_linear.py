@@ -113,8 +113,39 @@ def test_leading_dimensions_strides_and_expanded_gradients_make_no_difference(im
         (dw,) = torch.autograd.grad(y.sum(), weight)  # a gradient of strides 0
         flat = block_sparse_linear(x.reshape(6, 30).contiguous(), weight, layout)
         (dw_flat,) = torch.autograd.grad(flat, weight, torch.ones_like(flat))
-    assert torch.equal(y, flat.view(2, 3, 16))
-    assert torch.equal(dw, dw_flat)
+    assert_close(y, flat.view(2, 3, 16))
+    assert_close(dw, dw_flat)
+
+
+def stored_tokens_last(x: Tensor) -> Tensor:
+    """The same activations [..., X], in memory as [X, ...]."""
+    return x.detach().movedim(-1, 0).contiguous().movedim(0, -1).requires_grad_()
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("implementation", CPU_IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "block"), [(7, 4, (4, 6)), (3, 8, (4, 2)), (2, 3, (128, 128))], ids=["up", "down", "wide"]
+)
+def test_activations_may_be_stored_tokens_last(
+    rows: int, columns: int, block: tuple[int, int], implementation: str, with_bias: bool
+) -> None:
+    layout = random_layout(rows, columns, block, density=0.6)
+    outputs, inputs = layout.grid.shape
+    x, weight = random(3, 5, inputs, seed=0), random(outputs, inputs, seed=1)
+    bias = random(outputs, seed=2) if with_bias else None
+    expected = results(reference.block_sparse_linear, x, weight, layout, bias)
+    leaves = [weight, *([] if bias is None else [bias])]
+    for stored, asked in product((x, stored_tokens_last(x)), (False, True)):
+        with forced(implementation):
+            y = block_sparse_linear(stored, weight, layout, bias, tokens_last=asked)
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+            for dy_stored in (dy, stored_tokens_last(dy).detach()):
+                found = [y, *torch.autograd.grad(y, [stored, *leaves], dy_stored, retain_graph=True)]
+                for ours, theirs in zip(found, expected, strict=True):
+                    assert_close(ours, theirs)
+                assert y.stride() == ((5, 1, 15) if asked else (5 * outputs, outputs, 1))
+                assert found[1].stride() == stored.stride()
 
 
 def test_results_repeat_bitwise() -> None:
@@ -175,13 +206,15 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_weights() -> 
     assert (y.dtype, dx.dtype, dw.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
+@pytest.mark.parametrize("tokens_last", [False, True], ids=["tokens-first", "tokens-last"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense-stored", "packed"])
-def test_the_operator_keeps_torchs_rules(packed: bool) -> None:
+def test_the_operator_keeps_torchs_rules(packed: bool, tokens_last: bool) -> None:
     layout = random_layout(2, 3, (4, 4), density=0.8)
     weight = random(8, 12, seed=0, dtype=torch.float32)
     weight = layout.pack(weight).detach().requires_grad_() if packed else weight
-    arguments = random(5, 12, seed=1, dtype=torch.float32), weight, random(8, seed=2, dtype=torch.float32)
-    torch.library.opcheck(_linear, (*arguments, layout.index, list(layout.grid), False, False))
+    x = random(5, 12, seed=1, dtype=torch.float32)
+    arguments = stored_tokens_last(x) if tokens_last else x, weight, random(8, seed=2, dtype=torch.float32)
+    torch.library.opcheck(_linear, (*arguments, layout.index, list(layout.grid), False, False, tokens_last))
 
 
 def test_a_whole_graph_compiles_forward_and_backward() -> None:

@@ -4,8 +4,8 @@ B living blocks are kept as P = B·r pieces, each of the c neighbouring values t
 
 Each row (or column) of blocks is one product, which accumulates in fp32 inside and writes its outputs in place. All
 that it reads is copied side by side first, by one index_select on all cores; what is side by side already is read where
-it is. Wide blocks of float32 and float64 are products of their own instead, added up in place: that rounds nothing
-more, and copies nothing.
+it is. Activations that are stored tokens last are copied in whole slabs, others piece by piece. Wide blocks of float32
+and float64 are products of their own instead, added up in place: that rounds nothing more, and copies nothing.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, unpack_index
 from sparsetrain_kernels.memory import new_result
+from sparsetrain_kernels.tokens_last import are_tokens_last, new_tokens
 
 # Tokens are taken in parts, so that what a product reads is in cache when it, or a later one, reads it again.
 _READ_BYTES = 8 << 20
@@ -24,41 +25,61 @@ _FEWEST_TOKENS = 256
 _WIDE = 128
 
 
-def output(x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
+def output(
+    x_TK: Tensor, weight: Tensor, bias_N: Tensor | None, index: Tensor, grid: Grid, zeroed: bool, tokens_last: bool
+) -> Tensor:
     """x Wᵀ + bias [T, N]; `zeroed` makes no difference, dead blocks are not read."""
     lists = unpack_index(index, grid)
     reads = _Reads(x_TK, grid.block_columns, lists.row_starts, lists.columns)
     blocks_Brc = _select(weight, _pieces(lists, grid, weight.ndim == 3), grid, x_TK.dtype)
-    return _products(reads, blocks_Brc.transpose(1, 2), bias_N)
+    return _products(reads, blocks_Brc.transpose(1, 2), bias_N, tokens_last)
 
 
-def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool) -> Tensor:
+def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool, tokens_last: bool) -> Tensor:
     """dy W [T, K]."""
     lists = unpack_index(index, grid)
     reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
     blocks_Brc = _select(weight, _pieces(lists, grid, weight.ndim == 3)[lists.order], grid, dy_TN.dtype)
-    return _products(reads, blocks_Brc, None)
+    return _products(reads, blocks_Brc, None, tokens_last)
 
 
 def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
     """The living blocks of dyᵀ x, packed or in a dense tensor of zeros.
 
-    Column by column: the transposed product with many rows and few columns is the faster way round in bf16.
+    Row by row or column by column of blocks, whichever makes fewer and larger products: many rows, few columns.
     """
     lists = unpack_index(index, grid)
-    reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
-    pieces_P = _pieces(lists, grid, packed)[lists.order].flatten()
-    products_Pc = dy_TN.new_empty(len(pieces_P) + 1, grid.block_columns)
-    products_Pc[-1] = 0  # the piece that dead blocks get
-    parts = torch.split(products_Pc[:-1], [count * grid.block_rows for count in reads.counts])
-    beside = _Beside(reads, len(dy_TN))
-    for column, (part, x_Tc) in enumerate(zip(parts, torch.split(x_TK, grid.block_columns, 1), strict=True)):
+    pieces_Br = _pieces(lists, grid, packed)
+    if grid.num_rows < grid.num_columns:
+        reads = _Reads(x_TK, grid.block_columns, lists.row_starts, lists.columns)
+        blocks_Brc = _block_products(reads, dy_TN, grid.block_rows).transpose(1, 2)
+    else:
+        reads = _Reads(dy_TN, grid.block_rows, lists.column_starts, lists.rows)
+        blocks_Brc = _block_products(reads, x_TK, grid.block_columns)
+        pieces_Br = pieces_Br[lists.order]
+    return _placed(blocks_Brc, pieces_Br.flatten(), grid, packed, dtype)
+
+
+def _block_products(reads: "_Reads", others_TY: Tensor, width: int) -> Tensor:
+    """What each product reads, transposed, times its slab of `width` columns of another matrix: blocks [B, x, y]."""
+    products_By = others_TY.new_empty(sum(reads.counts) * reads.width, width)
+    parts = torch.split(products_By, [count * reads.width for count in reads.counts])
+    beside = _Beside(reads, len(others_TY))
+    for product, (part, others_Ty) in enumerate(zip(parts, torch.split(others_TY, width, 1), strict=True)):
         if len(part):
-            torch.mm(beside(column, dy_TN).T, x_Tc, out=part)
-    gradient = new_result(dy_TN, *((len(lists.columns), *grid[2:]) if packed else grid.shape), dtype=dtype)
+            torch.mm(beside(product, reads.matrix_TX).T, others_Ty, out=part)
+    return products_By.view(-1, reads.width, width)
+
+
+def _placed(blocks_Brc: Tensor, pieces_P: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:
+    """Blocks whose pieces belong to these places of a gradient: packed, or in a dense tensor of zeros."""
+    found_Pc = blocks_Brc.new_empty(len(pieces_P) + 1, grid.block_columns, dtype=dtype)
+    found_Pc[:-1].view(blocks_Brc.shape).copy_(blocks_Brc)
+    found_Pc[-1] = 0  # the piece that dead blocks get
+    gradient = new_result(blocks_Brc, *(blocks_Brc.shape if packed else grid.shape), dtype=dtype)
     sources = pieces_P.new_full((gradient.numel() // grid.block_columns,), len(pieces_P))
     sources[pieces_P] = torch.arange(len(pieces_P), dtype=sources.dtype)
-    torch.index_select(products_Pc.to(dtype), 0, sources, out=gradient.view(-1, grid.block_columns))
+    torch.index_select(found_Pc, 0, sources, out=gradient.view(-1, grid.block_columns))
     return gradient
 
 
@@ -69,9 +90,15 @@ class _Reads:
         self.matrix_TX, self.width = matrix_TX, width
         self.counts: list[int] = starts.diff().tolist()
         self.slabs = torch.split(slabs_B, self.counts)
+        self.tokens_last = are_tokens_last(matrix_TX)
 
     def tokens_within(self, most_bytes: int, columns: int) -> int:
-        """How many tokens to take at a time to hold so many columns of them in so many bytes: equal parts of all."""
+        """How many tokens to take at a time to hold so many columns of them in so many bytes: equal parts of all.
+
+        All, where they are stored last: parts of them would be pieces again.
+        """
+        if self.tokens_last:
+            return max(len(self.matrix_TX), 1)
         most = max(_FEWEST_TOKENS, most_bytes // max(columns * self.matrix_TX.itemsize, 1))
         num_parts = ceil(len(self.matrix_TX) / most)
         return ceil(len(self.matrix_TX) / max(num_parts, 1)) or 1
@@ -82,10 +109,12 @@ class _Beside:
 
     def __init__(self, reads: _Reads, most_tokens: int) -> None:
         self.reads = reads
-        first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * (reads.matrix_TX.shape[1] // reads.width)
-        self.pieces = [(first_T1 + slabs).view(-1) for slabs in reads.slabs]
         self.firsts = [_first_of_run(slabs.tolist()) for slabs in reads.slabs]
         self.memory = new_result(reads.matrix_TX, most_tokens * max(reads.counts), reads.width)
+        self.pieces = reads.slabs
+        if not reads.tokens_last:
+            first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * (reads.matrix_TX.shape[1] // reads.width)
+            self.pieces = tuple((first_T1 + slabs).view(-1) for slabs in reads.slabs)
 
     def __call__(self, product: int, tokens_TX: Tensor) -> Tensor:
         """Those of some of the matrix's tokens: a view where they are neighbours, otherwise valid until the next."""
@@ -93,15 +122,19 @@ class _Beside:
         if first is not None:
             return tokens_TX[:, first * width : (first + count) * width]
         num_pieces = len(tokens_TX) * count
-        gathered = self.memory[:num_pieces]
-        torch.index_select(tokens_TX.view(-1, width), 0, self.pieces[product][:num_pieces], out=gathered)
+        gathered, pieces = self.memory[:num_pieces], self.pieces[product]
+        if self.reads.tokens_last:  # a slab is one piece
+            slabs = tokens_TX.T.view(-1, width * len(tokens_TX))
+            torch.index_select(slabs, 0, pieces, out=gathered.view(count, -1))
+            return gathered.view(count * width, len(tokens_TX)).T
+        torch.index_select(tokens_TX.view(-1, width), 0, pieces[:num_pieces], out=gathered)
         return gathered.view(len(tokens_TX), count * width)
 
 
-def _products(reads: _Reads, blocks_Bxy: Tensor, bias_Y: Tensor | None) -> Tensor:
+def _products(reads: _Reads, blocks_Bxy: Tensor, bias_Y: Tensor | None, tokens_last: bool) -> Tensor:
     """Outputs [T, Y], y columns from each product: its slabs of x columns each times its blocks, plus bias."""
     num_tokens, width = len(reads.matrix_TX), blocks_Bxy.shape[2]
-    out_TY = new_result(reads.matrix_TX, num_tokens, width * len(reads.counts))
+    out_TY = new_tokens(reads.matrix_TX, num_tokens, width * len(reads.counts), tokens_last)
     for product, count in enumerate(reads.counts):
         if not count:
             bias_y = 0 if bias_Y is None else bias_Y[product * width : (product + 1) * width]

@@ -13,13 +13,25 @@ from torch import Tensor
 from sparsetrain_kernels.block_sparse_linear import dense, gather
 from sparsetrain_kernels.block_sparse_linear.layout import WeightBlocks
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
+from sparsetrain_kernels.tokens_last import TOKENS_LAST, store_tokens, writes_tokens_first
 
+_SEPARATOR = ", "
 _TRITON_BLOCKS = (16, 32, 64, 128, 256)
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 _TOKENS = {"cpu": (512, 2048), "cuda": (4096, 16384)}
 _FEATURES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096)}
 _BLOCKS = (32, 64, 128)
 _DENSITIES = (0.125, 0.25, 0.5)
+
+
+def variant_of(block: tuple[int, int], tokens_last: bool = False) -> str:
+    """The dispatcher's word for a kind of weight, such as "64x64" or "64x64, tokens last"."""
+    return f"{block[0]}x{block[1]}" + (_SEPARATOR + TOKENS_LAST if tokens_last else "")
+
+
+def _block_of(problem: Problem) -> tuple[int, int]:
+    rows, columns = map(int, problem.variant.split(_SEPARATOR)[0].split("x"))
+    return rows, columns
 
 
 def _triton(name: str) -> Implementation:
@@ -30,8 +42,11 @@ def _triton(name: str) -> Implementation:
 
 
 def _suits_triton(problem: Problem) -> bool:
-    block = tuple(map(int, problem.variant.split("x")))
-    return problem.dtype != torch.float64 and set(block) <= set(_TRITON_BLOCKS) and find_spec("triton") is not None
+    return (
+        problem.dtype != torch.float64
+        and set(_block_of(problem)) <= set(_TRITON_BLOCKS)
+        and find_spec("triton") is not None
+    )
 
 
 def _measured(operation: str) -> Callable[[str], Iterator[Problem]]:
@@ -41,9 +56,11 @@ def _measured(operation: str) -> Callable[[str], Iterator[Problem]]:
         for sizes in product(_TOKENS[device], features, features):
             if prod(sizes[1:]) == features[-1] ** 2 and device == "cpu":
                 continue  # as long as all others together
-            for dtype, block, density in product(_DTYPES[device], _BLOCKS, _DENSITIES):
+            orders = (False, True) if device == "cpu" and sizes[1] != sizes[2] else (False,)  # True: as in an MLP
+            for dtype, block, density, last in product(_DTYPES[device], _BLOCKS, _DENSITIES, orders):
                 if density * sizes[2] >= block:
-                    yield Problem(operation, f"{block}x{block}", device, dtype, sizes, density, threads)
+                    variant = variant_of((block, block), last)
+                    yield Problem(operation, variant, device, dtype, sizes, density, threads)
 
     return problems
 
@@ -51,7 +68,7 @@ def _measured(operation: str) -> Callable[[str], Iterator[Problem]]:
 def _layout(problem: Problem) -> WeightBlocks:
     """Random columns of blocks in each row, equally many."""
     _, num_outputs, num_inputs = problem.sizes
-    rows, columns = map(int, problem.variant.split("x"))
+    rows, columns = _block_of(problem)
     scores_RC = torch.rand(num_outputs // rows, num_inputs // columns, generator=torch.Generator().manual_seed(0))
     kept = scores_RC.topk(round(problem.density * scores_RC.shape[1]), 1).indices
     mask = torch.zeros_like(scores_RC, dtype=torch.bool).scatter_(1, kept, True)
@@ -66,36 +83,47 @@ def _masked(problem: Problem, layout: WeightBlocks) -> Tensor:
     return layout.unpack(layout.pack(_random(problem, *layout.grid.shape)))
 
 
-# Times are kept of the case that is best for dense: a dense weight that needs no masking, no bias.
+# Times are kept of the case that is best for dense: a dense weight that needs no masking, no bias. Of a layer whose
+# activations are stored tokens last that is the wider of its two.
+
+
+def _lasts(problem: Problem) -> tuple[bool, bool]:
+    """Whether outputs are stored tokens last, and whether inputs are."""
+    _, outputs, inputs = problem.sizes
+    tokens_last = problem.variant.endswith(TOKENS_LAST)
+    return tokens_last and outputs > inputs, tokens_last and outputs < inputs
+
+
+def _outputs(problem: Problem) -> Tensor:
+    return store_tokens(_random(problem, *problem.sizes[:2]), _lasts(problem)[0])
+
+
+def _inputs(problem: Problem) -> Tensor:
+    return store_tokens(_random(problem, problem.sizes[0], problem.sizes[2]), _lasts(problem)[1])
 
 
 def _output_arguments(problem: Problem) -> Sequence[Any]:
-    layout, (tokens, _, inputs) = _layout(problem), problem.sizes
-    return _random(problem, tokens, inputs), _masked(problem, layout), None, layout.index, layout.grid, True
+    layout = _layout(problem)
+    how = layout.index, layout.grid, True, _lasts(problem)[0]
+    return _inputs(problem), _masked(problem, layout), None, *how
 
 
 def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    layout, (tokens, outputs, _) = _layout(problem), problem.sizes
-    return _random(problem, tokens, outputs), _masked(problem, layout), layout.index, layout.grid, True
+    layout = _layout(problem)
+    return _outputs(problem), _masked(problem, layout), layout.index, layout.grid, True, _lasts(problem)[1]
 
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    layout, (tokens, outputs, inputs) = _layout(problem), problem.sizes
-    return (
-        _random(problem, tokens, outputs),
-        _random(problem, tokens, inputs),
-        layout.index,
-        layout.grid,
-        False,
-        problem.dtype,
-    )
+    layout = _layout(problem)
+    return _outputs(problem), _inputs(problem), layout.index, layout.grid, False, problem.dtype
 
 
 def _operation(name: str, what: str, arguments: Callable[[Problem], Sequence[Any]]) -> Operation:
+    triton = _triton(what)
     implementations = {
         DENSE: Implementation(getattr(dense, what)),
         "gather": Implementation(getattr(gather, what), ("cpu",)),
-        "triton": _triton(what),
+        "triton": triton if what == "weight_gradient" else writes_tokens_first(triton),
     }
     return Operation(name, implementations, _measured(name), arguments)
 

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.block_sparse_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT
+from sparsetrain_kernels.block_sparse_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, variant_of
 from sparsetrain_kernels.block_sparse_linear.layout import Grid, WeightBlocks
 from sparsetrain_kernels.precision import compute_dtype
+from sparsetrain_kernels.tokens_last import are_tokens_last, fake_tokens, plain_tokens, store_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,6 +21,7 @@ def block_sparse_linear(
     *,
     zeroed: bool = False,
     dense_gradient: bool = False,
+    tokens_last: bool = False,
 ) -> Tensor:
     """x Wᵀ + bias, where W is the weight with zeros outside the living blocks of `layout`.
 
@@ -36,6 +38,9 @@ def block_sparse_linear(
             a masking pass; a wrong promise gives wrong results.
         dense_gradient: Give a dense weight its whole gradient dyᵀ x, dead blocks included, as methods that regrow
             weights by gradient need; otherwise it is zero in dead blocks.
+        tokens_last: Store the result in memory as [N, ...], its tokens along the rows. On a CPU slabs of features are
+            copied whole so, and elementwise operations keep the order. x may be stored either way; its gradient is
+            stored as it is.
 
     Returns:
         [..., N] in the dtype of the computation.
@@ -49,7 +54,8 @@ def block_sparse_linear(
     bias_N = None if bias is None else bias.to(dtype)
     if not x.is_cpu:
         weight = weight.to(dtype)  # once for all products; on a CPU the products cast what they read
-    y_TN: Tensor = _linear(x_TK, weight, bias_N, layout.index, list(layout.grid), zeroed, dense_gradient)
+    how = zeroed, dense_gradient, tokens_last
+    y_TN: Tensor = _linear(x_TK, weight, bias_N, layout.index, list(layout.grid), *how)
     return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
 
@@ -89,10 +95,12 @@ def _linear(
     grid: list[int],
     zeroed: bool,
     dense_gradient: bool,
+    tokens_last: bool,
 ) -> Tensor:
-    problem = _problem(x_TK, index, grid)
+    problem = _problem(x_TK, index, grid, tokens_last or are_tokens_last(x_TK))
     bias_N = None if bias_N is None else bias_N.contiguous()
-    return OUTPUT.run(x_TK, problem, x_TK.contiguous(), weight.contiguous(), bias_N, index, Grid(*grid), zeroed)  # type: ignore[no-any-return]
+    arguments = plain_tokens(x_TK), weight.contiguous(), bias_N, index, Grid(*grid), zeroed, tokens_last
+    return store_tokens(OUTPUT.run(x_TK, problem, *arguments), tokens_last)
 
 
 @_linear.register_fake
@@ -104,27 +112,31 @@ def _(
     grid: list[int],
     zeroed: bool,
     dense_gradient: bool,
+    tokens_last: bool,
 ) -> Tensor:
-    return x_TK.new_empty(x_TK.shape[0], grid[0] * grid[2])
+    return fake_tokens(x_TK, x_TK.shape[0], grid[0] * grid[2], tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::block_sparse_linear_input_gradient", mutates_args=())
-def _input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: list[int], zeroed: bool) -> Tensor:
-    problem = _problem(dy_TN, index, grid)
-    return INPUT_GRADIENT.run(dy_TN, problem, dy_TN.contiguous(), weight.contiguous(), index, Grid(*grid), zeroed)  # type: ignore[no-any-return]
+def _input_gradient(
+    dy_TN: Tensor, weight: Tensor, index: Tensor, grid: list[int], zeroed: bool, tokens_last: bool
+) -> Tensor:
+    problem = _problem(dy_TN, index, grid, tokens_last or are_tokens_last(dy_TN))
+    arguments = plain_tokens(dy_TN), weight.contiguous(), index, Grid(*grid), zeroed, tokens_last
+    return store_tokens(INPUT_GRADIENT.run(dy_TN, problem, *arguments), tokens_last)
 
 
 @_input_gradient.register_fake
-def _(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: list[int], zeroed: bool) -> Tensor:
-    return dy_TN.new_empty(dy_TN.shape[0], grid[1] * grid[3])
+def _(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: list[int], zeroed: bool, tokens_last: bool) -> Tensor:
+    return fake_tokens(dy_TN, dy_TN.shape[0], grid[1] * grid[3], tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::block_sparse_linear_weight_gradient", mutates_args=())
 def _weight_gradient(
     dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool, dtype: torch.dtype
 ) -> Tensor:
-    problem = _problem(x_TK, index, grid)
-    arguments = dy_TN.contiguous(), x_TK.contiguous(), index, Grid(*grid), packed, dtype
+    problem = _problem(x_TK, index, grid, are_tokens_last(x_TK) or are_tokens_last(dy_TN))
+    arguments = plain_tokens(dy_TN), plain_tokens(x_TK), index, Grid(*grid), packed, dtype
     return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 
 
@@ -136,29 +148,30 @@ def _(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: list[int], packed: bool,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_TK, weight, _, index, ctx.grid, ctx.zeroed, ctx.dense_gradient = inputs
+    x_TK, weight, _, index, ctx.grid, ctx.zeroed, ctx.dense_gradient, _ = inputs
     ctx.save_for_backward(x_TK, weight, index)
 
 
 def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
     x_TK, weight, index = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dx = _input_gradient(dy_TN, weight, index, ctx.grid, ctx.zeroed) if needs_x else None
-    dw = None
+    dx = dw = None
+    if needs_x:
+        dx = _input_gradient(dy_TN, weight, index, ctx.grid, ctx.zeroed, are_tokens_last(x_TK))
     if needs_weight and ctx.dense_gradient:
         dw = (dy_TN.T @ x_TK).to(weight.dtype)
     elif needs_weight:
         dw = _weight_gradient(dy_TN, x_TK, index, ctx.grid, weight.ndim == 3, weight.dtype)
     db = dy_TN.sum(0) if needs_bias else None
-    return dx, dw, db, None, None, None, None
+    return dx, dw, db, None, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_save)
 
 
-def _problem(like_T: Tensor, index: Tensor, grid: list[int]) -> tuple[str, tuple[int, ...], float]:
+def _problem(like_T: Tensor, index: Tensor, grid: list[int], tokens_last: bool) -> tuple[str, tuple[int, ...], float]:
     """Variant, sizes and density for the dispatcher."""
     num_rows, num_columns, block_rows, block_columns = grid
     num_blocks = (index.numel() - num_rows - num_columns - 2) // 3
     sizes = (like_T.shape[0], num_rows * block_rows, num_columns * block_columns)
-    return f"{block_rows}x{block_columns}", sizes, num_blocks / (num_rows * num_columns)
+    return variant_of((block_rows, block_columns), tokens_last), sizes, num_blocks / (num_rows * num_columns)

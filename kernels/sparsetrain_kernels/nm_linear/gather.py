@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sparsetrain_kernels.memory import new_result, new_tokens
+from sparsetrain_kernels.memory import new_result
 from sparsetrain_kernels.nm_linear.dense import compress, expand
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
+from sparsetrain_kernels.tokens_last import new_tokens
 
 _GATHERED_BYTES = 4 << 20
-_TABLE_BYTES = 8 << 20
+_TABLE_BYTES = 4 << 20
 _FEWEST_TOKENS = 128
 
 

@@ -1,7 +1,6 @@
 """The three products as operations of the dispatcher, and what tuning measures of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
-from sparsetrain_kernels.memory import store_tokens
 from sparsetrain_kernels.nm_linear import bag, dense, gather, semi_structured
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
+from sparsetrain_kernels.tokens_last import TOKENS_LAST, store_tokens, writes_tokens_first
 
 _SEPARATOR = ", "
-_COMPRESSED, _TRANSPOSABLE, _TOKENS_LAST = "compressed", "transposable", "tokens last"
+_COMPRESSED, _TRANSPOSABLE = "compressed", "transposable"
 _MIN_VECTOR = 16
 """Outputs of a group from which on gathering its inputs is worth trying."""
 _TRITON_VECTORS = (16, 32, 64, 128, 256)
@@ -34,7 +33,7 @@ def variant_of(pattern: NMPattern, *, compressed: bool, transposable: bool, toke
 
     Vectors read and write activations that are stored tokens last in other times, so those are another variant.
     """
-    flags = {_COMPRESSED: compressed, _TRANSPOSABLE: transposable, _TOKENS_LAST: tokens_last and pattern.vector > 1}
+    flags = {_COMPRESSED: compressed, _TRANSPOSABLE: transposable, TOKENS_LAST: tokens_last and pattern.vector > 1}
     return _SEPARATOR.join([str(pattern), *(word for word, is_so in flags.items() if is_so)])
 
 
@@ -87,16 +86,6 @@ def _triton(what: str, suits: Callable[[Problem], bool] = _suits_triton) -> Impl
     return Implementation(run, ("cuda",), suits)
 
 
-def _tokens_first(implementation: Implementation) -> Implementation:
-    """One that writes tokens first, whatever is asked for: the operator stores its result anew where it has to."""
-
-    def run(*arguments: Any) -> Any:
-        *others, _ = arguments
-        return implementation.run(*others)
-
-    return replace(implementation, run=run)
-
-
 def _problems(operation: str, device: str) -> Iterator[Problem]:
     threads = torch.get_num_threads() if device == "cpu" else 1
     features = _FEATURES[device]
@@ -105,7 +94,7 @@ def _problems(operation: str, device: str) -> Iterator[Problem]:
             continue  # as long as all others together
         patterns = [(pattern, "") for pattern in _VECTORS]
         if device == "cpu" and outputs != inputs:  # as in a layer of an MLP
-            patterns += [(pattern, _SEPARATOR + _TOKENS_LAST) for pattern in _VECTORS]
+            patterns += [(pattern, _SEPARATOR + TOKENS_LAST) for pattern in _VECTORS]
         if device == "cuda":
             patterns.append((NMPattern(2, 4), _SEPARATOR + _TRANSPOSABLE))
             patterns += [(NMPattern(2, 4), "")] * (operation == "nm_linear.output")
@@ -154,7 +143,7 @@ def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMP
 def _lasts(problem: Problem) -> tuple[bool, bool]:
     """Whether outputs are stored tokens last, and whether inputs are."""
     _, outputs, inputs = problem.sizes
-    tokens_last = _TOKENS_LAST in _parse(problem.variant)[1]
+    tokens_last = TOKENS_LAST in _parse(problem.variant)[1]
     return tokens_last and outputs > inputs, tokens_last and outputs < inputs
 
 
@@ -189,10 +178,10 @@ OUTPUT = Operation(
     {
         DENSE: Implementation(dense.output),
         "gather": Implementation(gather.output, ("cpu",), _suits_gather),
-        "bag": _tokens_first(Implementation(bag.output, ("cpu",), _suits_bag)),
-        "semi_structured": _tokens_first(Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores)),
-        "triton": _tokens_first(_triton("output")),
-        "triton_of_few": _tokens_first(_triton("output_of_few", _suits_triton_of_few)),
+        "bag": writes_tokens_first(Implementation(bag.output, ("cpu",), _suits_bag)),
+        "semi_structured": writes_tokens_first(Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores)),
+        "triton": writes_tokens_first(_triton("output")),
+        "triton_of_few": writes_tokens_first(_triton("output_of_few", _suits_triton_of_few)),
     },
     _output_problems,
     _output_arguments,
@@ -202,10 +191,10 @@ INPUT_GRADIENT = Operation(
     {
         DENSE: Implementation(dense.input_gradient),
         "gather": Implementation(gather.input_gradient, ("cpu",), _suits_gather),
-        "semi_structured": _tokens_first(
+        "semi_structured": writes_tokens_first(
             Implementation(semi_structured.input_gradient, ("cuda",), _suits_tensor_cores_transposed)
         ),
-        "triton": _tokens_first(_triton("input_gradient")),
+        "triton": writes_tokens_first(_triton("input_gradient")),
     },
     _vector_problems("nm_linear.input_gradient"),
     _input_gradient_arguments,

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain_kernels.memory import are_tokens_last, store_tokens
 from sparsetrain_kernels.nm_linear.implementations import INPUT_GRADIENT, OUTPUT, WEIGHT_GRADIENT, variant_of
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
 from sparsetrain_kernels.precision import compute_dtype
+from sparsetrain_kernels.tokens_last import are_tokens_last, fake_tokens, plain_tokens, store_tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,7 +113,7 @@ def _linear(
     last = tokens_last or are_tokens_last(x_TK)
     problem = _problem(pattern, kind, mask_GK is None, last, (len(x_TK), len(weight), x_TK.shape[1]))
     bias_N = None if bias_N is None else bias_N.contiguous()
-    arguments = _plain(x_TK), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed, tokens_last
+    arguments = plain_tokens(x_TK), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed, tokens_last
     return store_tokens(OUTPUT.run(x_TK, problem, *arguments), tokens_last)
 
 
@@ -129,7 +129,7 @@ def _(
     dense_gradient: bool,
     tokens_last: bool,
 ) -> Tensor:
-    return _empty(x_TK, x_TK.shape[0], weight.shape[0], tokens_last)
+    return fake_tokens(x_TK, x_TK.shape[0], weight.shape[0], tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::nm_linear_input_gradient", mutates_args=())
@@ -146,7 +146,7 @@ def _input_gradient(
     pattern = NMPattern(*kind[:3])
     last = tokens_last or are_tokens_last(dy_TN)
     problem = _problem(pattern, kind, mask_GK is None, last, (len(dy_TN), len(weight), num_inputs))
-    arguments = _plain(dy_TN), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed, tokens_last
+    arguments = plain_tokens(dy_TN), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed, tokens_last
     return store_tokens(INPUT_GRADIENT.run(dy_TN, problem, *arguments), tokens_last)
 
 
@@ -161,7 +161,7 @@ def _(
     zeroed: bool,
     tokens_last: bool,
 ) -> Tensor:
-    return _empty(dy_TN, dy_TN.shape[0], num_inputs, tokens_last)
+    return fake_tokens(dy_TN, dy_TN.shape[0], num_inputs, tokens_last)
 
 
 @torch.library.custom_op("sparsetrain::nm_linear_weight_gradient", mutates_args=())
@@ -176,7 +176,7 @@ def _weight_gradient(
     pattern, compressed = NMPattern(*kind[:3]), mask_GK is None
     last = are_tokens_last(x_TK) or are_tokens_last(dy_TN)
     problem = _problem(pattern, kind, compressed, last, (len(x_TK), dy_TN.shape[1], x_TK.shape[1]))
-    arguments = _plain(dy_TN), _plain(x_TK), mask_GK, columns_GP, pattern, compressed, dtype
+    arguments = plain_tokens(dy_TN), plain_tokens(x_TK), mask_GK, columns_GP, pattern, compressed, dtype
     return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]
 
 
@@ -214,15 +214,6 @@ def _backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _linear.register_autograd(_backward, setup_context=_save)
-
-
-def _plain(x_TX: Tensor) -> Tensor:
-    """Activations without gaps or repetitions in memory; on a CPU in either order, elsewhere tokens first."""
-    return x_TX if x_TX.is_cpu and are_tokens_last(x_TX) else x_TX.contiguous()
-
-
-def _empty(like: Tensor, num_tokens: int, num_features: int, tokens_last: bool) -> Tensor:
-    return like.new_empty(num_features, num_tokens).T if tokens_last else like.new_empty(num_tokens, num_features)
 
 
 def _problem(
