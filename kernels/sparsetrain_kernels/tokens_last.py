@@ -37,15 +37,28 @@ def store_tokens(x_TX: Tensor, tokens_last: bool) -> Tensor:
 
 
 def plain_tokens(x_TX: Tensor) -> Tensor:
-    """Activations without gaps or repetitions in memory: on a CPU in either order, elsewhere tokens first."""
-    return x_TX if x_TX.is_cpu and are_tokens_last(x_TX) else x_TX.contiguous()
+    """Activations in either order, without gaps or repetitions in memory."""
+    return x_TX if are_tokens_last(x_TX) else x_TX.contiguous()
 
 
-def writes_tokens_first(implementation: Implementation) -> Implementation:
-    """One that is not told the order, the last argument of others: the operator stores its result anew if it must."""
+def reads_tokens_first(implementation: Implementation) -> Implementation:
+    """One that is given all tensors row by row."""
+
+    def run(*arguments: Any) -> Any:
+        return implementation.run(*(a.contiguous() if isinstance(a, Tensor) else a for a in arguments))
+
+    return replace(implementation, run=run)
+
+
+def knows_tokens_first(implementation: Implementation) -> Implementation:
+    """One that reads tokens first and is not told the order of its result, the last argument of others.
+
+    It writes tokens first, and the operator stores that anew where another order is asked for.
+    """
+    first = reads_tokens_first(implementation)
 
     def run(*arguments: Any) -> Any:
         *others, _ = arguments
-        return implementation.run(*others)
+        return first.run(*others)
 
     return replace(implementation, run=run)

@@ -114,6 +114,24 @@ def test_kernels_of_every_tile_equal_the_expanded_weights(
 
 
 @ON_BOTH
+def test_activations_may_be_stored_tokens_last(device: str) -> None:
+    layout = random_layout(3, 2, (16, 16), device)
+    x, weight, dy = (
+        random(*shape, seed=0, dtype=torch.float32, device=device) for shape in ((9, 32), (48, 32), (9, 48))
+    )
+    x_last = x.detach().T.contiguous().T.requires_grad_()
+    with by_triton():
+        y, y_last = (
+            block_sparse_linear(x, weight, layout),
+            block_sparse_linear(x_last, weight, layout, tokens_last=True),
+        )
+        expected = torch.autograd.grad(y, (x, weight), dy)
+        found = torch.autograd.grad(y_last, (x_last, weight), dy.T.contiguous().T)
+    assert (y_last.stride(), found[0].stride()) == ((1, 9), (1, 9))
+    assert all(map(torch.equal, (y_last, *found), (y, *expected)))
+
+
+@ON_BOTH
 def test_results_repeat_bitwise(device: str) -> None:
     layout = random_layout(3, 3, (16, 16), device)
     x, weight = (random(*shape, seed=0, dtype=torch.float32, device=device) for shape in ((40, 48), (48, 48)))

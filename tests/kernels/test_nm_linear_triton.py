@@ -114,6 +114,21 @@ def test_few_tokens_of_compressed_weights_equal_the_masked_weights(
 
 
 @ON_BOTH
+def test_activations_may_be_stored_tokens_last(device: str) -> None:
+    x, weight, dy = (
+        random(*shape, seed=0, dtype=torch.float32, device=device) for shape in ((9, 16), (32, 16), (9, 32))
+    )
+    selection = NMSelection.largest(weight, NMPattern(1, 4, 16))
+    x_last = x.detach().T.contiguous().T.requires_grad_()
+    with OUTPUT.force("triton"), INPUT_GRADIENT.force("triton"), WEIGHT_GRADIENT.force("triton"):
+        y, y_last = nm_linear(x, weight, selection), nm_linear(x_last, weight, selection, tokens_last=True)
+        expected = torch.autograd.grad(y, (x, weight), dy)
+        found = torch.autograd.grad(y_last, (x_last, weight), dy.T.contiguous().T)
+    assert (y_last.stride(), found[0].stride()) == ((1, 9), (1, 9))
+    assert all(map(torch.equal, (y_last, *found), (y, *expected)))
+
+
+@ON_BOTH
 def test_results_repeat_bitwise(device: str) -> None:
     x, weight = (random(*shape, seed=0, dtype=torch.float32, device=device) for shape in ((70, 16), (64, 16)))
     selection = NMSelection.largest(weight, NMPattern(1, 4, 16))

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsetrain_kernels.block_sparse_linear import dense, gather
 from sparsetrain_kernels.block_sparse_linear.layout import WeightBlocks
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
-from sparsetrain_kernels.tokens_last import TOKENS_LAST, store_tokens, writes_tokens_first
+from sparsetrain_kernels.tokens_last import TOKENS_LAST, knows_tokens_first, reads_tokens_first, store_tokens
 
 _SEPARATOR = ", "
 _TRITON_BLOCKS = (16, 32, 64, 128, 256)
@@ -119,11 +119,11 @@ def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
 
 
 def _operation(name: str, what: str, arguments: Callable[[Problem], Sequence[Any]]) -> Operation:
-    triton = _triton(what)
+    only_first = reads_tokens_first if what == "weight_gradient" else knows_tokens_first
     implementations = {
         DENSE: Implementation(getattr(dense, what)),
         "gather": Implementation(getattr(gather, what), ("cpu",)),
-        "triton": triton if what == "weight_gradient" else writes_tokens_first(triton),
+        "triton": only_first(_triton(what)),
     }
     return Operation(name, implementations, _measured(name), arguments)
 

@@ -14,7 +14,7 @@ from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Probl
 from sparsetrain_kernels.nm_linear import bag, dense, gather, semi_structured
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
-from sparsetrain_kernels.tokens_last import TOKENS_LAST, store_tokens, writes_tokens_first
+from sparsetrain_kernels.tokens_last import TOKENS_LAST, knows_tokens_first, reads_tokens_first, store_tokens
 
 _SEPARATOR = ", "
 _COMPRESSED, _TRANSPOSABLE = "compressed", "transposable"
@@ -178,10 +178,10 @@ OUTPUT = Operation(
     {
         DENSE: Implementation(dense.output),
         "gather": Implementation(gather.output, ("cpu",), _suits_gather),
-        "bag": writes_tokens_first(Implementation(bag.output, ("cpu",), _suits_bag)),
-        "semi_structured": writes_tokens_first(Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores)),
-        "triton": writes_tokens_first(_triton("output")),
-        "triton_of_few": writes_tokens_first(_triton("output_of_few", _suits_triton_of_few)),
+        "bag": knows_tokens_first(Implementation(bag.output, ("cpu",), _suits_bag)),
+        "semi_structured": knows_tokens_first(Implementation(semi_structured.output, ("cuda",), _suits_tensor_cores)),
+        "triton": knows_tokens_first(_triton("output")),
+        "triton_of_few": knows_tokens_first(_triton("output_of_few", _suits_triton_of_few)),
     },
     _output_problems,
     _output_arguments,
@@ -191,10 +191,10 @@ INPUT_GRADIENT = Operation(
     {
         DENSE: Implementation(dense.input_gradient),
         "gather": Implementation(gather.input_gradient, ("cpu",), _suits_gather),
-        "semi_structured": writes_tokens_first(
+        "semi_structured": knows_tokens_first(
             Implementation(semi_structured.input_gradient, ("cuda",), _suits_tensor_cores_transposed)
         ),
-        "triton": writes_tokens_first(_triton("input_gradient")),
+        "triton": knows_tokens_first(_triton("input_gradient")),
     },
     _vector_problems("nm_linear.input_gradient"),
     _input_gradient_arguments,
@@ -204,7 +204,7 @@ WEIGHT_GRADIENT = Operation(
     {
         DENSE: Implementation(dense.weight_gradient),
         "gather": Implementation(gather.weight_gradient, ("cpu",), _suits_gather),
-        "triton": _triton("weight_gradient"),
+        "triton": reads_tokens_first(_triton("weight_gradient")),
     },
     _vector_problems("nm_linear.weight_gradient"),
     _weight_gradient_arguments,
