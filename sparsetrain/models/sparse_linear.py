@@ -79,16 +79,10 @@ class SparseLinear(nn.Linear):
         self._pattern = found
         self.masks_changed()
 
-    def is_beside_tokens_last(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
-        """Whether what it reads or what it writes is stored tokens last: see `only_elementwise_between`.
-
-        Args:
-            num_tokens: Of a forward pass.
-            dtype: Of the computation.
-            device: cpu or cuda.
-        """
-        betweens = (self._before, self._after)
-        return any(between is not None and between.is_tokens_last(num_tokens, dtype, device) for between in betweens)
+    @property
+    def is_beside_tokens_last(self) -> bool:
+        """Whether what it reads or what it writes is stored tokens last now: see `only_elementwise_between`."""
+        return any(between is not None and between.tokens_last for between in (self._before, self._after))
 
     def masks_changed(self) -> None:
         """Look again in the next forward pass where the zeros are. A Sparsifier says so when it has moved them."""
@@ -105,27 +99,30 @@ class SparseLinear(nn.Linear):
         """As `forward`, with a bias or without."""
         if self._pattern is None:
             return F.linear(x, self.weight, bias)
-        kept = self._found()
-        if kept is None:
+        if self._kept is None:
+            self._kept = self._find_zeros(self._pattern)
+            self._decide(x)
+        elif self._after is not None and not torch.compiler.is_compiling():
+            self._after.reconsider(x)
+        if self._kept is None:
             return F.linear(x, self.weight, bias)
-        of_x = x.numel() // self.in_features, compute_dtype(x), x.device.type
-        tokens_last = self._after is not None and self._after.is_tokens_last(*of_x)
-        if isinstance(kept, WeightBlocks):
-            return block_sparse_linear(x, self.weight, kept, bias, zeroed=True, tokens_last=tokens_last)
-        return nm_linear(x, self.weight, kept, bias, zeroed=True, tokens_last=tokens_last)
+        tokens_last = self._after is not None and self._after.tokens_last
+        if isinstance(self._kept, WeightBlocks):
+            return block_sparse_linear(x, self.weight, self._kept, bias, zeroed=True, tokens_last=tokens_last)
+        return nm_linear(x, self.weight, self._kept, bias, zeroed=True, tokens_last=tokens_last)
 
     @property
-    def density(self) -> float:
-        """Share of the units of its pattern that live; 1 where the layer is dense."""
-        kept = self._found()
-        if kept is None:
-            return 1.0
-        return kept.density if isinstance(kept, WeightBlocks) else kept.pattern.density
+    def known_density(self) -> float | None:
+        """Share of the units of its pattern that live, of masks that the layer has computed with; None: none yet."""
+        if isinstance(self._kept, WeightBlocks):
+            return self._kept.density
+        return None if self._kept is None else self._kept.pattern.density
 
-    def _found(self) -> WeightBlocks | NMSelection | None:
-        if self._kept is None and self._pattern is not None:
-            self._kept = self._find_zeros(self._pattern)
-        return self._kept
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _decide(self, x: Tensor) -> None:
+        for between in (self._before, self._after):
+            if between is not None:
+                between.decide(x)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -209,38 +206,40 @@ def only_elementwise_between(firsts: Sequence[nn.Module], second: nn.Module) -> 
 
 
 class _Between:
-    """How activations between layers are stored: decided for all of them, because to mix both orders costs most."""
+    """How activations between layers are stored: decided for all of them, because to mix both orders costs most.
+
+    A layer has it decided when it has found where its zeros are; until all have, activations are stored tokens first.
+    """
 
     def __init__(self, layers: Sequence[SparseLinear]) -> None:
         self._layers = layers
-        self._decided: dict[tuple[int, torch.dtype, str], bool] = {}
+        self._num_tokens = 0
+        self.tokens_last = False
 
     def forget(self) -> None:
-        """Decide again: a layer's pattern is another."""
-        self._decided.clear()
+        """A layer's masks have moved."""
+        self.tokens_last = False
 
-    def is_tokens_last(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
-        """Of a computation in this dtype on cpu or cuda."""
-        case = num_tokens, dtype, device
-        if case not in self._decided:
-            self._decided[case] = self._is_faster(*case)
-        return self._decided[case]
+    def reconsider(self, x: Tensor) -> None:
+        """Decide again if x [..., I] has more than twice or less than half of the tokens that were decided for."""
+        num_tokens = x.numel() // x.shape[-1]
+        if not self._num_tokens <= 2 * num_tokens <= 4 * self._num_tokens:
+            self.decide(x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _is_faster(self, num_tokens: int, dtype: torch.dtype, device: str) -> bool:
-        """Whether all products of all layers are known to take less time so."""
-        first, last = (self._seconds(num_tokens, dtype, device, tokens_last) for tokens_last in (False, True))
-        return last < first
+    def decide(self, x: Tensor) -> None:
+        """By whether all products of all layers are known to take less time so."""
+        self._num_tokens = x.numel() // x.shape[-1]
+        case = self._num_tokens, compute_dtype(x)
+        self.tokens_last = x.is_cpu and self._seconds(*case, tokens_last=True) < self._seconds(*case, tokens_last=False)
 
-    def _seconds(self, num_tokens: int, dtype: torch.dtype, device: str, tokens_last: bool) -> float:
-        """Of all products; infinite where one was not measured, or a layer does not hold units on a CPU."""
+    def _seconds(self, num_tokens: int, dtype: torch.dtype, *, tokens_last: bool) -> float:
+        """Of all products on a CPU; infinite where a layer has no units, has not found them yet, or has no times."""
         total = 0.0
         for layer in self._layers:
-            pattern, shape = layer.pattern, (layer.out_features, layer.in_features)
-            has_units = isinstance(pattern, BlockShape) or (isinstance(pattern, NMPattern) and pattern.vector > 1)
-            if device != "cpu" or pattern is None or not has_units:
+            pattern, density = layer.pattern, layer.known_density
+            if density is None or pattern is None or (isinstance(pattern, NMPattern) and pattern.vector == 1):
                 return inf
-            case = pattern, shape, layer.density, num_tokens, dtype, device
+            case = pattern, (layer.out_features, layer.in_features), density, num_tokens, dtype, "cpu"
             for choice in choices(*case, tokens_last=tokens_last):
                 total += inf if choice.seconds is None else choice.seconds
         return total

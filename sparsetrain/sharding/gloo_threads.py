@@ -42,10 +42,11 @@ def _moves() -> dict[str, dict[str, str]]:
     threads = {}
     for path in Path("/proc/self/task").glob("*/status"):
         try:
-            status = dict(line.split(":\t", 1) for line in path.read_text().splitlines() if ":\t" in line)
+            lines = path.read_text(errors="replace").splitlines()  # a thread's name may be any bytes
         except OSError:  # it has ended since it was listed
             continue
-        if status["Name"] == _THREAD:
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        if status.get("Name") == _THREAD:
             threads[path.parent.name] = {key: status.get(key, "") for key in _TOLD}
     return threads
 

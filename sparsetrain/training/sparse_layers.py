@@ -115,7 +115,7 @@ class SparseLayers:
             pattern = replace(pattern, n=round(density * pattern.m))
         how = (pattern, shape, density, self._num_tokens, self._dtype, self._device)
         chosen = choices(*how, transposable=rule.method == "transposable")
-        if linear.is_beside_tokens_last(self._num_tokens, self._dtype, self._device):
+        if linear.is_beside_tokens_last:
             so_stored = choices(*how, tokens_last=True)
             chosen = [replace(b, dense_seconds=a.dense_seconds) for a, b in zip(chosen, so_stored, strict=True)]
         if not rule.is_recipe:

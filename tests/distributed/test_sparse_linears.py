@@ -1,6 +1,7 @@
 """Layers that leave out zeros train like masked dense ones in every layout, while masks move."""
 
 import contextlib
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -9,12 +10,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsetrain.config import ModelConfig, SparsityRule
-from sparsetrain.models import Transformer, initialize_, use_sparse_linears
+from sparsetrain.config import ModelConfig, RunConfig, SparsityRule
+from sparsetrain.models import SparseLinear, Transformer, initialize_, sparse_linear, use_sparse_linears
 from sparsetrain.models.sparse_linear import PRODUCTS
 from sparsetrain.sharding import weight_modules
 from sparsetrain.sparsity import Sparsifier
 from sparsetrain.testing import assert_close, run_distributed
+from sparsetrain.training.sparse_layers import SparseLayers
 
 VOCAB, SEQ_LEN, BATCH, STEPS = 64, 16, 4, 4
 CONFIG = ModelConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=64, init_std=0.2)
@@ -28,6 +30,8 @@ RULES = [
     ),
     SparsityRule(params="*.attention.*", method="static", pattern="vector[8] 1:4"),
 ]
+
+RUN = RunConfig(name="run", model=CONFIG, train={"tokens": 1024, "batch_tokens": 64, "micro_batch_size": 2})
 
 
 def build(*, sparse):
@@ -49,6 +53,14 @@ def fully_sharded():
     return fully_shard(model)
 
 
+def linears_sharded_alone():
+    model = build(sparse=True)
+    for layer in model.layers:
+        for linear in (layer.ffn.gate, layer.ffn.up, layer.ffn.down):
+            fully_shard(linear)
+    return fully_shard(model)
+
+
 def fully_sharded_and_checkpointed():
     model = build(sparse=True)
     for i, layer in enumerate(model.layers):
@@ -60,8 +72,11 @@ def fully_sharded_and_checkpointed():
 def trained(model, samples, *, scale, precision):
     """Weights and moments after some steps, by name."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
-    Sparsifier(RULES, total_steps=STEPS).attach(model, optimizer)
+    sparsifier = Sparsifier(RULES, total_steps=STEPS)
+    sparsifier.attach(model, optimizer)
+    told = SparseLayers(model, sparsifier, RUN, seq_len=SEQ_LEN, device="cpu")
     for _ in range(STEPS):
+        told.notices()  # may be asked while weights are sharded
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = model(*samples)
         (loss * scale).backward()
@@ -77,8 +92,10 @@ def trained(model, samples, *, scale, precision):
 
 @contextlib.contextmanager
 def gathering():
-    """Have all products leave out zeros."""
+    """Have all products leave out zeros, and hidden activations stored tokens last, whatever was measured."""
     with contextlib.ExitStack() as forced:
+        seconds = staticmethod(lambda *case, tokens_last: 1.0 if tokens_last else 2.0)
+        forced.enter_context(mock.patch.object(sparse_linear._Between, "_seconds", seconds))
         for kind in ("block_sparse_linear", "nm_linear"):
             for product in PRODUCTS:
                 forced.enter_context(dispatch.OPERATIONS[f"{kind}.{product}"].force("gather"))
@@ -93,9 +110,12 @@ def check_layouts_against_masked_dense():
     scale = 1 / whole[0].numel()
     for precision, tolerance in (("fp32", 1e-5), ("bf16", 1e-2)):
         wanted = trained(build(sparse=False), whole, scale=scale, precision=precision)
-        for layout in (replicated, fully_sharded, fully_sharded_and_checkpointed):
+        for layout in (replicated, fully_sharded, linears_sharded_alone, fully_sharded_and_checkpointed):
             with gathering():
-                found = trained(layout(), part, scale=scale * size, precision=precision)
+                model = layout()
+                found = trained(model, part, scale=scale * size, precision=precision)
+            linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+            assert sum(linear.is_beside_tokens_last for linear in linears) == 3 * CONFIG.num_layers
             assert found.keys() == wanted.keys()
             for name, tensor in wanted.items():
                 assert_close(found[name], tensor, rtol=10 * tolerance, atol=tolerance)

@@ -174,4 +174,8 @@ def _problem(like_T: Tensor, index: Tensor, grid: list[int], tokens_last: bool) 
     num_rows, num_columns, block_rows, block_columns = grid
     num_blocks = (index.numel() - num_rows - num_columns - 2) // 3
     sizes = (like_T.shape[0], num_rows * block_rows, num_columns * block_columns)
-    return variant_of((block_rows, block_columns), tokens_last), sizes, num_blocks / (num_rows * num_columns)
+    return (
+        variant_of((block_rows, block_columns), tokens_last and like_T.is_cpu),
+        sizes,
+        num_blocks / (num_rows * num_columns),
+    )

@@ -45,6 +45,7 @@ class Operation:
     unmeasured: Callable[[Problem, Sequence[str]], tuple[str, str]] = lambda problem, candidates: (DENSE, "")
     """Of the candidates besides dense, or dense, what runs where nothing was measured near; and why, or ""."""
     _choices: dict[tuple[Any, ...], Choice] = field(init=False, default_factory=dict)
+    _considered: dict[tuple[Any, ...], Choice] = field(init=False, default_factory=dict)
     _forced: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -82,19 +83,23 @@ class Operation:
         """
         key = (device, dtype, torch.get_num_threads(), (variant, sizes, density))
         if key not in self._choices:
-            if len(self._choices) >= _MAX_REMEMBERED:
-                self._choices.clear()
             self._choices[key] = self.would_choose(device, dtype, variant, sizes, density)
+            _drop_oldest(self._choices)
         return self._choices[key]
 
     def would_choose(
         self, device: str, dtype: torch.dtype, variant: str, sizes: tuple[int, ...], density: float
     ) -> Choice:
         """As `choose`, of a problem that need not come up: `choices` does not tell of it."""
-        threads = torch.get_num_threads() if device == "cpu" else 1
-        problem = Problem(self.name, variant, device, dtype, sizes, density, threads)
-        candidates = self.candidates(problem)
-        return table(device).choose(problem, candidates, self.near, self.unmeasured(problem, candidates))
+        key = (device, dtype, torch.get_num_threads(), (variant, sizes, density))
+        if key not in self._considered:
+            threads = torch.get_num_threads() if device == "cpu" else 1
+            problem = Problem(self.name, variant, device, dtype, sizes, density, threads)
+            candidates = self.candidates(problem)
+            unmeasured = self.unmeasured(problem, candidates)
+            self._considered[key] = table(device).choose(problem, candidates, self.near, unmeasured)
+            _drop_oldest(self._considered)
+        return self._considered[key]
 
     def candidates(self, problem: Problem) -> list[str]:
         """Implementations besides dense that can compute the problem here."""
@@ -161,3 +166,9 @@ def forget_choices() -> None:
     """Choose anew from now on, with the same results, so that `choices` tells what has been needed since."""
     for operation in OPERATIONS.values():
         operation._choices.clear()
+        operation._considered.clear()
+
+
+def _drop_oldest(choices: dict[tuple[Any, ...], Choice]) -> None:
+    if len(choices) > _MAX_REMEMBERED:
+        del choices[next(iter(choices))]

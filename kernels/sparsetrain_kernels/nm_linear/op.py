@@ -110,7 +110,7 @@ def _linear(
     tokens_last: bool,
 ) -> Tensor:
     pattern = NMPattern(*kind[:3])
-    last = tokens_last or are_tokens_last(x_TK)
+    last = x_TK.is_cpu and (tokens_last or are_tokens_last(x_TK))
     problem = _problem(pattern, kind, mask_GK is None, last, (len(x_TK), len(weight), x_TK.shape[1]))
     bias_N = None if bias_N is None else bias_N.contiguous()
     arguments = plain_tokens(x_TK), weight.contiguous(), bias_N, mask_GK, columns_GP, pattern, zeroed, tokens_last
@@ -144,7 +144,7 @@ def _input_gradient(
     tokens_last: bool,
 ) -> Tensor:
     pattern = NMPattern(*kind[:3])
-    last = tokens_last or are_tokens_last(dy_TN)
+    last = dy_TN.is_cpu and (tokens_last or are_tokens_last(dy_TN))
     problem = _problem(pattern, kind, mask_GK is None, last, (len(dy_TN), len(weight), num_inputs))
     arguments = plain_tokens(dy_TN), weight.contiguous(), mask_GK, columns_GP, pattern, num_inputs, zeroed, tokens_last
     return store_tokens(INPUT_GRADIENT.run(dy_TN, problem, *arguments), tokens_last)
@@ -174,7 +174,7 @@ def _weight_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     pattern, compressed = NMPattern(*kind[:3]), mask_GK is None
-    last = are_tokens_last(x_TK) or are_tokens_last(dy_TN)
+    last = x_TK.is_cpu and (are_tokens_last(x_TK) or are_tokens_last(dy_TN))
     problem = _problem(pattern, kind, compressed, last, (len(x_TK), dy_TN.shape[1], x_TK.shape[1]))
     arguments = plain_tokens(dy_TN), plain_tokens(x_TK), mask_GK, columns_GP, pattern, compressed, dtype
     return WEIGHT_GRADIENT.run(x_TK, problem, *arguments)  # type: ignore[no-any-return]

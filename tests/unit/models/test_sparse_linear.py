@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 from sparsetrain_kernels import dispatch
 from sparsetrain_kernels.nm_linear import NMPattern, magnitude_mask
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sparsetrain.config.sparsity import BlockShape
 from sparsetrain.errors import SparsityError
 from sparsetrain.models.sparse_linear import SparseLinear, kernel_pattern, pattern_text, use_sparse_linears
-from sparsetrain.moe.feed_forward import FeedForward
+from sparsetrain.moe.feed_forward import Activation, FeedForward
 
 PATTERNS = [BlockShape(16, 16), NMPattern(2, 4), NMPattern(1, 8), NMPattern(1, 4, 16)]
 
@@ -141,12 +143,12 @@ def test_patterns_that_do_not_divide_are_refused(pattern: str, message: str) -> 
         model[0].zeros_follow(pattern)
 
 
-def mlp(pattern: str | None) -> FeedForward:
+def mlp(pattern: str | None, activation: Activation = "swiglu") -> FeedForward:
     """A feed-forward layer of SparseLinears whose weights follow a pattern."""
     torch.manual_seed(0)
-    layer = FeedForward(32, 64).double()
+    layer = FeedForward(32, 64, activation, bias=True).double()
     use_sparse_linears(layer)
-    for linear in (layer.gate, layer.up, layer.down):
+    for linear in layer.children():
         if pattern is not None:
             with torch.no_grad():
                 linear.weight.mul_(mask_of(linear.weight, kernel_pattern(pattern)))
@@ -157,14 +159,12 @@ def mlp(pattern: str | None) -> FeedForward:
 def times(tokens_last: float) -> dispatch.Table:
     """Dense takes 4 s, a gathered product 2 s, or so many of activations that are stored tokens last."""
     found = dispatch.Table("made up")
-    for name in ("output", "input_gradient", "weight_gradient"):
+    kinds = ("nm_linear", "vector[16] 1:4", 0.25), ("block_sparse_linear", "16x16", 1.0)
+    for (kind, variant, density), name in product(kinds, ("output", "input_gradient", "weight_gradient")):
         for words, seconds in (("", 2.0), (", tokens last", tokens_last)):
             for sizes in ((21, 64, 32), (21, 32, 64)):
-                variant = f"vector[16] 1:4{words}"
-                problem = dispatch.Problem(
-                    f"nm_linear.{name}", variant, "cpu", torch.float64, sizes, 0.25, torch.get_num_threads()
-                )
-                found.times[problem] = {"dense": 4.0, "gather": seconds}
+                case = f"{kind}.{name}", variant + words, "cpu", torch.float64, sizes, density, torch.get_num_threads()
+                found.times[dispatch.Problem(*case)] = {"dense": 4.0, "gather": seconds}
     return found
 
 
@@ -178,31 +178,59 @@ def made_up_times(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("made_up_times", "is_last"), [(1.0, True), (3.0, False)], ids=["faster", "slower"], indirect=["made_up_times"]
 )
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("pattern", ["vector[16] 1:4", "block[16,16]"])
 @pytest.mark.usefixtures("made_up_times")
-def test_an_mlp_stores_what_lies_between_its_layers_as_is_fastest(is_last: bool) -> None:
-    layer, dense = mlp("vector[16] 1:4"), mlp(None)
+def test_an_mlp_stores_what_lies_between_its_layers_as_is_fastest(
+    pattern: str, activation: Activation, is_last: bool
+) -> None:
+    layer, dense = mlp(pattern, activation), mlp(None, activation)
     dense.load_state_dict(layer.state_dict())
     x = torch.randn(3, 7, 32, dtype=torch.float64, requires_grad=True)
     strides: dict[str, tuple[int, ...]] = {}
-    for name in ("gate", "up", "down"):
-        getattr(layer, name).register_forward_hook(lambda m, args, y, name=name: strides.update({name: y.stride()}))
-    assert layer.down.is_beside_tokens_last(21, torch.float64, "cpu") == is_last
-    y, dx, found = _run(layer, x)
+    for name, linear in layer.named_children():
+        linear.register_forward_hook(lambda m, args, y, name=name: strides.update({name: y.stride()}))
     expected_y, expected_dx, expected = _run(dense, x)
-    wide = (7, 1, 21) if is_last else (448, 64, 1)
-    assert strides == {"gate": wide, "up": wide, "down": (224, 32, 1)}
-    torch.testing.assert_close(y, expected_y)
-    torch.testing.assert_close(dx, expected_dx)
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name] * (layer.get_parameter(name) != 0))
+    for decided in (False, is_last):  # in the first pass the layers find out where their zeros are
+        y, dx, found = _run(layer, x)
+        wide = (7, 1, 21) if decided else (448, 64, 1)
+        assert strides.pop("down") == (224, 32, 1)
+        assert set(strides.values()) == {wide}
+        torch.testing.assert_close(y, expected_y)
+        torch.testing.assert_close(dx, expected_dx)
+        for name, gradient in found.items():
+            alive = layer.get_parameter(name) != 0 if name.endswith("weight") else 1
+            torch.testing.assert_close(gradient, expected[name] * alive)
+    assert layer.down.is_beside_tokens_last == is_last
+    layer.up.masks_changed()
+    assert not layer.down.is_beside_tokens_last
 
 
 @pytest.mark.parametrize("made_up_times", [1.0], indirect=True)
 @pytest.mark.usefixtures("made_up_times")
-def test_one_layer_of_another_pattern_leaves_activations_as_they_are() -> None:
+def test_activations_stay_as_they_are_where_nothing_was_measured_or_a_layer_is_dense() -> None:
     layer = mlp("vector[16] 1:4")
-    assert layer.up.is_beside_tokens_last(21, torch.float64, "cpu")
+    x = torch.randn(21, 32, dtype=torch.float64)
+    layer(x)
+    assert layer.up(x).stride() == (1, 21)
+    assert layer.up(x[:5]).stride() == (64, 1)  # too few to be near what was measured
+    assert layer.up(x).stride() == (1, 21)
     layer.gate.zeros_follow(None)
-    assert not layer.up.is_beside_tokens_last(21, torch.float64, "cpu")
-    assert layer.up(torch.randn(21, 32, dtype=torch.float64)).is_contiguous()
-    assert not mlp("vector[16] 1:4").up.is_beside_tokens_last(21, torch.float64, "cuda")
+    layer(x)
+    assert layer.up(x).stride() == (64, 1)
+
+
+@pytest.mark.parametrize("made_up_times", [1.0], indirect=True)
+@pytest.mark.usefixtures("made_up_times")
+def test_an_mlp_compiles_once_for_numbers_of_tokens_that_are_alike() -> None:
+    torch.compiler.reset()
+    layer = mlp("vector[16] 1:4")
+    inputs = [torch.randn(tokens, 32, dtype=torch.float64) for tokens in (21, 18, 25, 30)]
+    expected = [layer(x) for x in inputs]
+    assert layer.up.is_beside_tokens_last
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for x, y in zip(inputs, expected, strict=True):
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(compiled(x), y)
+    assert counter.frame_count == 1
