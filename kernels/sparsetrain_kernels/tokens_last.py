@@ -7,9 +7,11 @@ Elementwise operations keep the order of their operands; to mix both orders cost
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain_kernels.dispatch import Implementation
+from sparsetrain_kernels.dispatch import Implementation, Problem
 from sparsetrain_kernels.memory import new_result
 
 TOKENS_LAST = "tokens last"
@@ -39,6 +41,35 @@ def store_tokens(x_TX: Tensor, tokens_last: bool) -> Tensor:
 def plain_tokens(x_TX: Tensor) -> Tensor:
     """Activations in either order, without gaps or repetitions in memory."""
     return x_TX if are_tokens_last(x_TX) else x_TX.contiguous()
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, tokens_last: bool) -> Tensor:
+    """x Wᵀ + bias [T, O] of a dense weight, in the order that is asked for."""
+    if not tokens_last:
+        return F.linear(x_TI, weight_OI, bias_O)
+    return (weight_OI @ x_TI.T if bias_O is None else torch.addmm(bias_O[:, None], weight_OI, x_TI.T)).T
+
+
+def outputs_last(problem: Problem) -> bool:
+    """Whether a problem of tuning, of sizes tokens, outputs, inputs, has outputs stored tokens last: the wider ones."""
+    return problem.variant.endswith(TOKENS_LAST) and problem.sizes[1] > problem.sizes[2]
+
+
+def inputs_last(problem: Problem) -> bool:
+    """Whether it has inputs stored so."""
+    return problem.variant.endswith(TOKENS_LAST) and problem.sizes[1] < problem.sizes[2]
+
+
+def random_outputs(problem: Problem) -> Tensor:
+    """Activations [tokens, outputs] of such a problem."""
+    drawn = torch.randn(problem.sizes[:2], device=problem.device, dtype=problem.dtype)
+    return store_tokens(drawn, outputs_last(problem))
+
+
+def random_inputs(problem: Problem) -> Tensor:
+    """Activations [tokens, inputs] of such a problem."""
+    drawn = torch.randn(problem.sizes[::2], device=problem.device, dtype=problem.dtype)
+    return store_tokens(drawn, inputs_last(problem))
 
 
 def reads_tokens_first(implementation: Implementation) -> Implementation:

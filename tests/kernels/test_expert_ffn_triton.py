@@ -315,6 +315,7 @@ def test_nothing_waits_for_the_gpu(activation: str, bias: bool) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(leaf.grad is not None for leaf in leaves)
 
 
 COMPILE = """

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain_kernels.block_sparse_linear.layout import BlockLists, Grid, by_block, unpack_index
+from sparsetrain_kernels.tokens_last import linear
 
 
 def output(
@@ -11,15 +12,13 @@ def output(
 ) -> Tensor:
     """x Wᵀ + bias [T, N]."""
     weight_NK = whole_weight(weight.to(x_TK.dtype), index, grid, zeroed)
-    if not tokens_last:
-        return torch.nn.functional.linear(x_TK, weight_NK, bias_N)
-    return (weight_NK @ x_TK.T if bias_N is None else torch.addmm(bias_N[:, None], weight_NK, x_TK.T)).T
+    return linear(x_TK, weight_NK, bias_N, tokens_last)
 
 
 def input_gradient(dy_TN: Tensor, weight: Tensor, index: Tensor, grid: Grid, zeroed: bool, tokens_last: bool) -> Tensor:
     """dy W [T, K]."""
     weight_NK = whole_weight(weight.to(dy_TN.dtype), index, grid, zeroed)
-    return (weight_NK.T @ dy_TN.T).T if tokens_last else dy_TN @ weight_NK
+    return linear(dy_TN, weight_NK.T, None, tokens_last)
 
 
 def weight_gradient(dy_TN: Tensor, x_TK: Tensor, index: Tensor, grid: Grid, packed: bool, dtype: torch.dtype) -> Tensor:

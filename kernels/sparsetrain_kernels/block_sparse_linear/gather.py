@@ -111,23 +111,22 @@ class _Beside:
         self.reads = reads
         self.firsts = [_first_of_run(slabs.tolist()) for slabs in reads.slabs]
         self.memory = new_result(reads.matrix_TX, most_tokens * max(reads.counts), reads.width)
-        self.pieces = reads.slabs
-        if not reads.tokens_last:
-            first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * (reads.matrix_TX.shape[1] // reads.width)
-            self.pieces = tuple((first_T1 + slabs).view(-1) for slabs in reads.slabs)
+        num_slabs = reads.matrix_TX.shape[1] // reads.width
+        self.first_T1 = torch.arange(most_tokens, dtype=torch.int32)[:, None] * num_slabs
 
     def __call__(self, product: int, tokens_TX: Tensor) -> Tensor:
         """Those of some of the matrix's tokens: a view where they are neighbours, otherwise valid until the next."""
         width, count, first = self.reads.width, self.reads.counts[product], self.firsts[product]
         if first is not None:
             return tokens_TX[:, first * width : (first + count) * width]
-        num_pieces = len(tokens_TX) * count
-        gathered, pieces = self.memory[:num_pieces], self.pieces[product]
+        slabs, gathered = self.reads.slabs[product], self.memory[: len(tokens_TX) * count]
         if self.reads.tokens_last:  # a slab is one piece
-            slabs = tokens_TX.T.view(-1, width * len(tokens_TX))
-            torch.index_select(slabs, 0, pieces, out=gathered.view(count, -1))
+            by_slab = tokens_TX.T.view(-1, width * len(tokens_TX))
+            torch.index_select(by_slab, 0, slabs, out=gathered.view(count, -1))
             return gathered.view(count * width, len(tokens_TX)).T
-        torch.index_select(tokens_TX.view(-1, width), 0, pieces[:num_pieces], out=gathered)
+        # Numbers of pieces are made when they are needed: those of all products may be many times the activations.
+        pieces = (self.first_T1[: len(tokens_TX)] + slabs).view(-1)
+        torch.index_select(tokens_TX.view(-1, width), 0, pieces, out=gathered)
         return gathered.view(len(tokens_TX), count * width)
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from sparsetrain_kernels.block_sparse_linear import dense, gather
 from sparsetrain_kernels.block_sparse_linear.layout import WeightBlocks
 from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Problem
-from sparsetrain_kernels.tokens_last import TOKENS_LAST, knows_tokens_first, reads_tokens_first, store_tokens
+from sparsetrain_kernels.tokens_last import (
+    TOKENS_LAST,
+    inputs_last,
+    knows_tokens_first,
+    outputs_last,
+    random_inputs,
+    random_outputs,
+    reads_tokens_first,
+)
 
 _SEPARATOR = ", "
 _TRITON_BLOCKS = (16, 32, 64, 128, 256)
@@ -87,35 +95,21 @@ def _masked(problem: Problem, layout: WeightBlocks) -> Tensor:
 # activations are stored tokens last that is the wider of its two.
 
 
-def _lasts(problem: Problem) -> tuple[bool, bool]:
-    """Whether outputs are stored tokens last, and whether inputs are."""
-    _, outputs, inputs = problem.sizes
-    tokens_last = problem.variant.endswith(TOKENS_LAST)
-    return tokens_last and outputs > inputs, tokens_last and outputs < inputs
-
-
-def _outputs(problem: Problem) -> Tensor:
-    return store_tokens(_random(problem, *problem.sizes[:2]), _lasts(problem)[0])
-
-
-def _inputs(problem: Problem) -> Tensor:
-    return store_tokens(_random(problem, problem.sizes[0], problem.sizes[2]), _lasts(problem)[1])
-
-
 def _output_arguments(problem: Problem) -> Sequence[Any]:
     layout = _layout(problem)
-    how = layout.index, layout.grid, True, _lasts(problem)[0]
-    return _inputs(problem), _masked(problem, layout), None, *how
+    how = layout.index, layout.grid, True, outputs_last(problem)
+    return random_inputs(problem), _masked(problem, layout), None, *how
 
 
 def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
     layout = _layout(problem)
-    return _outputs(problem), _masked(problem, layout), layout.index, layout.grid, True, _lasts(problem)[1]
+    how = layout.index, layout.grid, True, inputs_last(problem)
+    return random_outputs(problem), _masked(problem, layout), *how
 
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
     layout = _layout(problem)
-    return _outputs(problem), _inputs(problem), layout.index, layout.grid, False, problem.dtype
+    return random_outputs(problem), random_inputs(problem), layout.index, layout.grid, False, problem.dtype
 
 
 def _operation(name: str, what: str, arguments: Callable[[Problem], Sequence[Any]]) -> Operation:

@@ -1,10 +1,10 @@
 """The three products on whole weights: what every other implementation is held against."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
+from sparsetrain_kernels.tokens_last import linear
 
 
 def output(
@@ -19,9 +19,7 @@ def output(
 ) -> Tensor:
     """x Wᵀ + bias [T, N]."""
     weight_NK = whole_weight(weight.to(x_TK.dtype), mask_GK, columns_GP, pattern, x_TK.shape[1], zeroed)
-    if not tokens_last:
-        return F.linear(x_TK, weight_NK, bias_N)
-    return (weight_NK @ x_TK.T if bias_N is None else torch.addmm(bias_N[:, None], weight_NK, x_TK.T)).T
+    return linear(x_TK, weight_NK, bias_N, tokens_last)
 
 
 def input_gradient(
@@ -36,7 +34,7 @@ def input_gradient(
 ) -> Tensor:
     """dy W [T, K]."""
     weight_NK = whole_weight(weight.to(dy_TN.dtype), mask_GK, columns_GP, pattern, num_inputs, zeroed)
-    return (weight_NK.T @ dy_TN.T).T if tokens_last else dy_TN @ weight_NK
+    return linear(dy_TN, weight_NK.T, None, tokens_last)
 
 
 def weight_gradient(

@@ -14,7 +14,15 @@ from sparsetrain_kernels.dispatch import DENSE, Implementation, Operation, Probl
 from sparsetrain_kernels.nm_linear import bag, dense, gather, semi_structured
 from sparsetrain_kernels.nm_linear.pattern import NMPattern
 from sparsetrain_kernels.nm_linear.selection import NMSelection
-from sparsetrain_kernels.tokens_last import TOKENS_LAST, knows_tokens_first, reads_tokens_first, store_tokens
+from sparsetrain_kernels.tokens_last import (
+    TOKENS_LAST,
+    inputs_last,
+    knows_tokens_first,
+    outputs_last,
+    random_inputs,
+    random_outputs,
+    reads_tokens_first,
+)
 
 _SEPARATOR = ", "
 _COMPRESSED, _TRANSPOSABLE = "compressed", "transposable"
@@ -140,33 +148,18 @@ def _weight(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, NMP
 # activations are stored tokens last that is the wider of its two.
 
 
-def _lasts(problem: Problem) -> tuple[bool, bool]:
-    """Whether outputs are stored tokens last, and whether inputs are."""
-    _, outputs, inputs = problem.sizes
-    tokens_last = TOKENS_LAST in _parse(problem.variant)[1]
-    return tokens_last and outputs > inputs, tokens_last and outputs < inputs
-
-
-def _outputs(problem: Problem) -> Tensor:
-    return store_tokens(_random(problem, *problem.sizes[:2]), _lasts(problem)[0])
-
-
-def _inputs(problem: Problem) -> Tensor:
-    return store_tokens(_random(problem, problem.sizes[0], problem.sizes[2]), _lasts(problem)[1])
-
-
 def _output_arguments(problem: Problem) -> Sequence[Any]:
     weight, *selection = _weight(problem)
-    return _inputs(problem), weight, None, *selection, True, _lasts(problem)[0]
+    return random_inputs(problem), weight, None, *selection, True, outputs_last(problem)
 
 
 def _input_gradient_arguments(problem: Problem) -> Sequence[Any]:
-    return _outputs(problem), *_weight(problem), problem.sizes[2], True, _lasts(problem)[1]
+    return random_outputs(problem), *_weight(problem), problem.sizes[2], True, inputs_last(problem)
 
 
 def _weight_gradient_arguments(problem: Problem) -> Sequence[Any]:
     _, *selection = _weight(problem)
-    return _outputs(problem), _inputs(problem), *selection, False, problem.dtype
+    return random_outputs(problem), random_inputs(problem), *selection, False, problem.dtype
 
 
 def _vector_problems(operation: str) -> Callable[[str], Iterator[Problem]]:
